@@ -1,0 +1,337 @@
+"""Arguments: command line > --config YAML > the recipe's DEFAULTS > the library's own default.
+
+Every value is checked against the field's annotation, wherever it was written, and remembers where it
+came from. A key that nobody knows is an error that names the nearest known key.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from alignment.coerce import accepts, coerce
+from alignment.errors import InputError, nearest
+from alignment.files import locate, read_yaml
+
+# Names that older tutorials use. The sentence says what took their place.
+RENAMED = {
+    "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
+    "max_seq_length": "it is called max_length now",
+    "max_prompt_length": "it is gone: max_length bounds prompt and answer together",
+    "torch_dtype": "it is called dtype now",
+    "evaluation_strategy": "it is called eval_strategy now",
+    "logging_dir": "it is gone: logs go to output_dir (for TensorBoard set TENSORBOARD_LOGGING_DIR)",
+    "group_by_length": 'write train_sampling_strategy: "group_by_length"',
+    "no_cuda": "it is called use_cpu now",
+    "tokenizer_name_or_path": "the tokenizer is read from model_name_or_path",
+    "dataset_name": "write data: a hub id, a file, a folder or a data/*.yaml declaration",
+    "dataset_mixer": "write data: a data/*.yaml declaration that lists the sources",
+    "dataset_train_split": "write it behind the hub id: data: org/name@split",
+    "dataset_test_split": "write eval_data: org/name@split",
+    "dataset_config": "write it behind the hub id: data: org/name:config",
+    "dataset_streaming": "it is called streaming here",
+    "use_peft": "say which: peft: lora",
+    "qlora": "write peft: qlora",
+}
+# Since transformers 5.23 the left names are deprecated aliases; TRL still sets their defaults.
+ALIASES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
+
+@dataclass
+class DataArguments:
+    """What to train on, and what to do with rows that do not fit."""
+
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Training rows: a file, a folder, a hub id (org/name:config@split) or a data/*.yaml."
+        },
+    )
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "Rows to evaluate on during training, written like --data."}
+    )
+    test_size: float = field(
+        default=0.05,
+        metadata={
+            "help": "Held out where the data have no test split: below 1 a share, else rows; 0 for none."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read rows as they are needed; nothing is kept."}
+    )
+    allow_test_split: bool = field(default=False, metadata={"help": "Train on a split that is called test."})
+    on_bad_row: Literal["stop", "drop"] = field(
+        default="stop", metadata={"help": "What to do with a row that cannot be trained on."}
+    )
+    on_long_row: Literal["cut", "drop", "stop"] = field(
+        default="drop", metadata={"help": "What to do with a row longer than max_length."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, train nothing."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into an output_dir with files in it."}
+    )
+
+    def __post_init__(self):
+        if self.test_size < 0 or (self.test_size > 1 and self.test_size != int(self.test_size)):
+            raise InputError(
+                f"test_size is {self.test_size}",
+                fix="a share below 1, a whole number of rows, or 0 for no evaluation",
+            )
+
+
+@dataclass
+class PeftArguments:
+    """Which parameters to train."""
+
+    peft: str = field(
+        default="none",
+        metadata={"help": "none (all weights), lora, qlora, dora, ia3, prefix, prompt, ptuning, …"},
+    )
+    peft_args: dict = field(
+        default_factory=dict, metadata={"help": "The method's own settings, e.g. '{\"r\": 64}'."}
+    )
+
+
+@dataclass
+class Arguments:
+    """Everything one run was told, and by whom.
+
+    Attributes:
+        sources: field name -> "library", "recipe", "file mine.yaml", "flag", or "hardware" where the
+            library's own default needs an accelerator and there is none.
+        recipe: the script's name, e.g. "dpo".
+        also: instances of the extra dataclasses given to `parse`, in their order.
+    """
+
+    data: DataArguments
+    model: Any
+    peft: PeftArguments
+    train: Any
+    sources: dict[str, str]
+    recipe: str
+    also: tuple = ()
+
+
+def parse(train_class: type, defaults: dict, argv: list[str] | None = None, also: tuple = ()) -> Arguments:
+    """Read the command line, the YAML of `--config` and the recipe's DEFAULTS into one checked object.
+
+    Args:
+        train_class: the trainer's configuration, a subclass of `transformers.TrainingArguments`.
+        defaults: the recipe's DEFAULTS.
+        argv: the command line without the program's name; `sys.argv[1:]` when None.
+        also: more dataclasses whose fields are accepted; their instances are in `Arguments.also`.
+
+    Raises:
+        InputError: for an unknown key, a wrong value or an unreadable file. From here on an uncaught
+            InputError is printed without a traceback and ends the program with status 2.
+    """
+    from trl import ModelConfig
+
+    install_excepthook()
+    recipe = Path(sys.argv[0]).stem or "recipe"
+    groups = {DataArguments: "data", PeftArguments: "adapter", ModelConfig: "model", train_class: "training"}
+    groups |= {extra: extra.__name__ for extra in also}
+    hints = {cls: typing.get_type_hints(cls) for cls in groups}
+    known = {
+        f.name: (cls, f) for cls in groups for f in dataclasses.fields(cls) if f.init and f.name != "use_peft"
+    }
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    flags, config_path, wants_help = read_flags(known, hints, argv)
+    layers = [("recipe", "DEFAULTS", defaults, {})]
+    if config_path:
+        path, written, lines = read_config(config_path)
+        layers.append((f"file {path.name}", str(path), written, lines))
+    layers.append(("flag", "the command line", flags, {}))
+
+    values: dict[str, Any] = {"output_dir": f"outputs/{recipe}"}
+    sources = dict.fromkeys(known, "library") | {"output_dir": "recipe"}
+    for source, place, written, lines in layers:
+        for key, value in written.items():
+            name = str(key).replace("-", "_")
+            where = "--" + name if source == "flag" else f"{place}, {key}" + lines.get(key, "")
+            check_known(name, known, where, flag=source == "flag")
+            cls, fld = known[name]
+            values[name] = coerce(name, value, hints[cls][name], where, choices=fld.metadata.get("choices"))
+            sources[name] = source
+        resolve_aliases(values, sources, known, source)
+    if wants_help:
+        print_help(recipe, known, groups, values, everything=wants_help == "--help_all")
+        raise SystemExit(0)
+    fill_aliases(values, sources, known)
+    fit_hardware(values, sources)
+    built = {cls: build(cls, {n: v for n, v in values.items() if known[n][0] is cls}) for cls in groups}
+    return Arguments(
+        built[DataArguments],
+        built[ModelConfig],
+        built[PeftArguments],
+        built[train_class],
+        sources,
+        recipe,
+        tuple(built[extra] for extra in also),
+    )
+
+
+def check_known(name: str, known: dict, where: str, flag: bool) -> None:
+    """Raise InputError with the nearest known name when `name` is no field of this recipe."""
+    if name in known:
+        return
+    dash = "--" if flag else ""
+    if name in RENAMED:
+        raise InputError(f"{dash}{name} is not an option of this recipe", where=where, fix=RENAMED[name])
+    near = nearest(name, list(known))
+    raise InputError(
+        f"{dash}{name} is not an option of this recipe",
+        where=where,
+        why="a misspelt option would be ignored and the run would be another one than you meant",
+        fix=f"did you mean {dash}{near}?" if near else "--help_all lists every option",
+    )
+
+
+def resolve_aliases(values: dict, sources: dict, known: dict, source: str) -> None:
+    """Let an old name written in a later layer win over the new name of an earlier one."""
+    for old, new in ALIASES.items():
+        if new in known and sources.get(old) == source and sources[new] != source:
+            values[new], sources[new] = values[old], source
+
+
+def fill_aliases(values: dict, sources: dict, known: dict) -> None:
+    """Give the new name the trainer's own default of the old one: unset, transformers warns at every start."""
+    for old, new in ALIASES.items():
+        if old in known and new in known:
+            if new not in values and known[old][1].default is not None:
+                values[new] = known[old][1].default
+            if new in values:
+                values[old], sources[old] = values[new], sources[new]
+
+
+def fit_hardware(values: dict, sources: dict) -> None:
+    """Without an accelerator TRL's own defaults (bf16 on a GPU) refuse to start: say CPU and float32."""
+    import torch
+
+    if values.get("use_cpu") or not torch.accelerator.is_available():
+        for name, value in (("use_cpu", True), ("bf16", False)):
+            if sources[name] == "library":
+                values[name], sources[name] = value, "hardware"
+
+
+def build(cls: type, values: dict) -> Any:
+    """Construct a dataclass; what its own checks refuse becomes an InputError."""
+    try:
+        return cls(**values)
+    except InputError:
+        raise
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise InputError(f"{cls.__name__} refuses these settings", why=str(error)) from error
+
+
+def read_config(path_text: str) -> tuple[Path, dict, dict[str, str]]:
+    """Read `--config`: the path found, its mapping, and for each key " (line n)"."""
+    path = locate(path_text)
+    mapping, lines = read_yaml(path)
+    return path, mapping, {key: f" (line {line})" for key, line in lines.items()}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raise instead of printing the usage of two hundred options."""
+        raise InputError(message, where="the command line", fix="--help lists the options")
+
+
+def read_flags(known: dict, hints: dict, argv: list[str]) -> tuple[dict[str, Any], str, str]:
+    """Split the command line into ({field: text or list of texts}, path of --config, the help flag given)."""
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", action="append")
+    parser.add_argument("-h", "--help", "--help_all", action="count")
+    for name, (cls, fld) in known.items():
+        add_flag(parser, name, hints[cls][name], fld.metadata.get("aliases", []), known)
+    argv = [with_underscores(word) for word in argv]
+    found, rest = parser.parse_known_args(argv)
+    flags = vars(found)
+    wants_help = ""
+    if flags.pop("help", 0):
+        wants_help = "--help_all" if "--help_all" in argv else "--help"
+    for word in rest:
+        if word.startswith("-"):
+            name = word.lstrip("-").split("=")[0]
+            check_known(name, known, "the command line", flag=True)
+    if rest:
+        raise InputError(
+            f"{rest[0]!r} belongs to no option", where="the command line", fix="--help lists the options"
+        )
+    configs = flags.pop("config", [])
+    if len(configs) > 1:
+        raise InputError(
+            "--config is given more than once", where="the command line", fix="join the files into one"
+        )
+    flags = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in flags.items()}
+    return flags, configs[0] if configs else "", wants_help
+
+
+def with_underscores(word: str) -> str:
+    """Spell the name of a flag with underscores: `--learning-rate=1e-4` -> `--learning_rate=1e-4`."""
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
+
+
+def add_flag(
+    parser: argparse.ArgumentParser, name: str, hint: Any, aliases: list[str] | str, known: dict
+) -> None:
+    """Add `--name`; switches may stand alone or as `--no_name`, lists take several words."""
+    names = [f"--{name}", *([aliases] if isinstance(aliases, str) else aliases)]
+    if accepts(hint, bool):
+        parser.add_argument(*names, dest=name, nargs="?", const=True)
+        if f"no_{name}" not in known:
+            parser.add_argument(f"--no_{name}", dest=name, action="store_const", const=False)
+    else:
+        parser.add_argument(*names, dest=name, nargs="+" if accepts(hint, list) else None)
+
+
+def print_help(recipe: str, known: dict, groups: dict, values: dict, everything: bool) -> None:
+    """Print the options and their values in this run; TrainingArguments' own only with `--help_all`."""
+    from transformers import TrainingArguments
+
+    shared = {f.name for f in dataclasses.fields(TrainingArguments)}
+    print(f"usage: {recipe}.py [--config FILE.yaml] [--option value …]\n")
+    print(
+        "Precedence: command line > --config > the recipe's DEFAULTS > the library. '*': set by one of the first three."
+    )
+    for cls, title in groups.items():
+        print(f"\n{title}:")
+        for name, (owner, fld) in known.items():
+            if owner is not cls or (not everything and name in shared and name not in values):
+                continue
+            default = values.get(name, fld.default)
+            if default is dataclasses.MISSING:
+                default = fld.default_factory()
+            text = str(fld.metadata.get("help", "")).replace("%%", "%")
+            print(f"  --{name} {'*' if name in values else ''}[{default}]\n        {text}")
+    if not everything:
+        print(
+            "\nAll other options of transformers' TrainingArguments are accepted too: --help_all lists them."
+        )
+
+
+def install_excepthook() -> None:
+    """Print an uncaught InputError without a traceback, once per machine, and exit with status 2."""
+    previous = sys.excepthook
+
+    def hook(kind, error, trace):
+        if not issubclass(kind, InputError):
+            return previous(kind, error, trace)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2)
+
+    hook.prints_input_errors = True
+    if not hasattr(previous, "prints_input_errors"):
+        sys.excepthook = hook
