@@ -1,0 +1,105 @@
+"""What in a model an adapter acts on, read from the model itself: its linear layers, its head, its token rows."""
+
+import re
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+# Parts of a vision-language model that text fine-tuning leaves alone.
+NOT_TEXT = r".*(vision_tower|vision_model|visual|multi_modal_projector|audio_tower).*"
+
+
+def _width(layer: torch.nn.Module) -> tuple[int, int]:
+    """Return (inputs, outputs) of a linear layer; GPT-2 keeps its weights transposed."""
+    if isinstance(layer, Conv1D):
+        return layer.nx, layer.nf
+    return layer.in_features, layer.out_features
+
+
+def _place(name: str) -> tuple[str, str] | None:
+    """Split `model.layers.3.mlp.experts.0.w2` into (container, pattern of what follows the layer number)."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return None
+    return ".".join(parts[:at]), r"\.".join(r"\d+" if p.isdigit() else re.escape(p) for p in parts[at + 1 :])
+
+
+def attention_and_feedforward(model: PreTrainedModel) -> tuple[str, str]:
+    """Return two regular expressions over module names, as PEFT's `target_modules` takes them.
+
+    The first matches every projection of the attention and the layer through which each feed-forward block
+    writes back; the second matches the latter only. Raises ValueError when the model has no such layers.
+    """
+    hidden = model.config.get_text_config().hidden_size
+    attention, feedforward = set(), set()
+    for name, layer in model.named_modules():
+        place = _place(name) if isinstance(layer, torch.nn.Linear | Conv1D) else None
+        if place is None or re.fullmatch(NOT_TEXT, name):
+            continue
+        inputs, outputs = _width(layer)
+        if any("attn" in part or "attention" in part for part in name.lower().split(".")):
+            attention.add(place)
+        elif outputs == hidden and inputs != hidden:
+            feedforward.add(place)
+    if not attention:
+        raise ValueError(f"{type(model).__name__} has no numbered layers with attention projections")
+    return _pattern(attention | feedforward), _pattern(feedforward)
+
+
+def _pattern(places: set[tuple[str, str]]) -> str:
+    """Return one regular expression for a set of (container, pattern) places; it matches nothing when empty."""
+    alternatives = sorted(rf"{re.escape(container)}\.\d+\.{rest}" for container, rest in places)
+    return f"({'|'.join(alternatives)})" if alternatives else r"(?!)"
+
+
+def has_vision(model: PreTrainedModel) -> bool:
+    """Say whether the model has parts that do not read text."""
+    return any(re.fullmatch(NOT_TEXT, name) for name, _ in model.named_modules())
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules outside the backbone that hold weights: the head of a classifier."""
+    backbone = model.base_model
+    return [
+        name
+        for name, module in model.named_children()
+        if module is not backbone and any(True for _ in module.parameters())
+    ]
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> set[int]:
+    """Return the ids of the special tokens that the chat template writes, and the stop tokens."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {i for i, text in special.items() if text in template} | {i for i in stops if i is not None}
+
+
+@torch.no_grad()
+def untrained_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the control tokens whose embedding rows were never trained.
+
+    A row counts as untrained when its norm is below a hundredth of the median row's, or when another special
+    or reserved token has practically the same row (distance below a thousandth of the median norm): gradients would
+    have moved two used tokens apart. LoRA alone never changes these rows, so the model cannot learn to stop.
+    """
+    weight = model.get_input_embeddings().weight
+    if weight.ndim != 2 or weight.is_meta:
+        return []
+    config = model.generation_config.eos_token_id if model.generation_config else None
+    stops = {tokenizer.eos_token_id, *(config if isinstance(config, list) else [config])} - {None}
+    candidates = sorted(i for i in control_tokens(tokenizer, stops) if i < len(weight))
+    if not candidates:
+        return []
+    special = {i for i in tokenizer.added_tokens_decoder if i < len(weight)}
+    # Rows past the tokenizer's end are never used: the best picture of an untrained row there is.
+    pool = sorted(special | set(candidates) | set(range(len(tokenizer), len(weight))))
+    median = weight.float().norm(dim=1).median()
+    rows, others = weight[candidates].float(), weight[pool].float()
+    distance = torch.cdist(rows, others)
+    for row, token in enumerate(candidates):
+        distance[row, pool.index(token)] = torch.inf
+    twin = distance.min(dim=1).values < 1e-3 * median
+    empty = rows.norm(dim=1) < 1e-2 * median
+    return [token for token, bad in zip(candidates, (twin | empty).tolist(), strict=True) if bad]
