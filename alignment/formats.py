@@ -1,0 +1,446 @@
+"""The row formats people have, recognised by their columns and turned into the rows that trainers want.
+
+`recognise` looks at the columns of a source once; the `Format` it returns reads every row. What is wrong inside a row
+is not this module's business: `problems` says it about the converted row.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.errors import InputError, nearest
+from alignment.rows import Problem, problems
+
+__all__ = [
+    "Format",
+    "Problem",
+    "convert",
+    "core_columns",
+    "is_chat",
+    "problems",
+    "recognise",
+    "to_chat",
+    "unpair",
+]
+
+ROLE_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+}
+TURN_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+# (question columns, answer columns): the names prompt and completion go by; the first that is there is meant.
+PROMPTS = ("prompt", "question", "instruction", "query", "problem")
+ANSWERS = ("completion", "response", "answer", "output", "solution")
+KEPT = ("tools", "task", "margin", "chat_template_kwargs")
+CORE = {
+    "sft": ("messages", "prompt", "completion", "text"),
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired_preference": ("prompt", "completion", "label"),
+    "prompt": ("prompt",),
+}
+# Names that TRL gives a meaning to: they never ride along as a spare column.
+MEANT_BY_TRL = {"messages", "prompt", "completion", "chosen", "rejected", "text", "label", "images", "image"}
+RECIPE = {
+    "pair": "recipes/dpo.py or recipes/reward.py train on them",
+    "thumb": "recipes/kto.py trains on them",
+    "chat": "recipes/sft.py trains on them",
+    "answer": "recipes/sft.py trains on them",
+    "text": "recipes/sft.py trains on them",
+    "prompt": "a recipe that generates its own answers trains on them",
+}
+WANTS = {
+    "sft": "messages; or prompt and completion; or instruction and output; or text",
+    "preference": "prompt, chosen and rejected",
+    "unpaired_preference": "prompt, completion and label (or messages and label)",
+    "prompt": "prompt (or messages, or question)",
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the rows of one source are read.
+
+    Attributes:
+        name: in words, for the note.
+        shape: "chat", "answer" (prompt and completion), "pair", "thumb", "text" or "prompt".
+        columns: the columns it uses.
+        read: turns a raw row into {messages} / {prompt, completion} / {prompt, chosen, rejected} /
+            {prompt, completion, label} / {text} / {prompt}.
+    """
+
+    name: str
+    shape: str
+    columns: tuple[str, ...]
+    read: Callable[[dict], dict]
+
+
+def recognise(columns: list[str], samples: list[dict], kind: str) -> Format | None:
+    """Return the format with these columns, or None when there is none.
+
+    Args:
+        columns: the names in the rows, any order.
+        samples: a few rows; they decide between text and lists of messages.
+        kind: what the rows are wanted for; with "prompt", a column `prompt` is enough.
+    """
+    have = set(columns)
+    turns = next((c for c in CONVERSATIONS if c in have), "")
+    question = next((c for c in PROMPTS if c in have), "")
+    answer = next((c for c in ANSWERS if c in have), "")
+    if {"chosen", "rejected"} <= have:
+        return pair_format(have, samples, turns, question)
+    if "label" in have and turns:
+        return Format(
+            "thumbs up or down on conversations",
+            "thumb",
+            (turns, "label"),
+            lambda r: read_thumb_chat(r, turns),
+        )
+    if "label" in have and question and answer:
+        columns = (question, answer, "label")
+        return Format("thumbs up or down", "thumb", columns, lambda r: read_thumb(r, question, answer))
+    if turns:
+        style = "messages" if turns == "messages" else "ShareGPT conversations"
+        return Format(
+            style, "chat", pick(have, turns, "system"), lambda r: {"messages": read_turns(r.get(turns), r)}
+        )
+    if kind == "prompt" and "prompt" in have:
+        return Format(
+            "prompts", "prompt", ("prompt",), lambda r: {"prompt": as_side(r.get("prompt"), "user")}
+        )
+    if question == "instruction" and answer:
+        used = pick(have, "instruction", "input", "context", answer, "system", "history")
+        return Format("Alpaca rows", "chat", used, lambda r: {"messages": read_alpaca(r, answer)})
+    if question and answer:
+        return answer_format(have, question, answer)
+    if "text" in have:
+        return Format("plain text", "text", ("text",), lambda r: {"text": r.get("text")})
+    if question:
+        return Format(
+            "prompts", "prompt", (question,), lambda r: {"prompt": as_side(r.get(question), "user")}
+        )
+    return None
+
+
+def pick(have: set[str], *names: str) -> tuple[str, ...]:
+    """Return those of `names` that are there, in their order."""
+    return tuple(n for n in names if n in have)
+
+
+def answer_format(have: set[str], question: str, answer: str) -> Format:
+    """Return the format of rows with a question and its answer in two columns."""
+    if question == "prompt":
+        read = lambda r: {
+            "prompt": as_side(r.get("prompt"), "user"),
+            "completion": as_side(r.get(answer), "assistant"),
+        }  # noqa: E731
+        return Format("prompts and completions", "answer", (question, answer), read)
+    used = pick(have, question, answer, "system")
+    return Format(
+        "questions and answers", "chat", used, lambda r: {"messages": read_question(r, question, answer)}
+    )
+
+
+def pair_format(have: set[str], samples: list[dict], turns: str, question: str) -> Format | None:
+    """Return the format of rows with a chosen and a rejected answer, wherever the prompt is."""
+    first = next((r["chosen"] for r in samples if r.get("chosen")), None)
+    whole = isinstance(first, list) and first and turn(first[0]).get("role") != "assistant"
+    marked = isinstance(first, str) and "\n\nHuman:" in first and "\n\nAssistant:" in first
+    both = ("chosen", "rejected")
+    if whole or marked:
+        words = "preference pairs with the prompt inside" + (" (Human: … Assistant: …)" if marked else "")
+        return Format(words, "pair", both, read_shared_prefix)
+    if turns:
+        return Format(
+            "preference pairs on conversations", "pair", (turns, *both), lambda r: read_pair_chat(r, turns)
+        )
+    if question == "instruction":
+        used = (*pick(have, "instruction", "input", "context", "system", "history"), *both)
+        return Format("preference pairs on Alpaca instructions", "pair", used, read_pair_alpaca)
+    if question:
+        return Format(
+            "preference pairs",
+            "pair",
+            (*pick(have, question, "system"), *both),
+            lambda r: read_pair(r, question),
+        )
+    return None
+
+
+def turn(message: Any) -> Any:
+    """Return a turn as {role, content}, whichever of the two spellings it has; anything else unchanged."""
+    if not isinstance(message, dict):
+        return message
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
+        content = "".join(str(p.get("text", "")) for p in content)
+    if role == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": read_calls(content)}
+    extra = {k: message[k] for k in TURN_KEYS if message.get(k)}
+    return {"role": ROLE_NAMES.get(role, role) if isinstance(role, str) else role, "content": content} | extra
+
+
+def read_calls(text: Any) -> list[dict] | None:
+    """Return ShareGPT's function call as OpenAI-style tool calls, None when it is no JSON."""
+    try:
+        calls = json.loads(text) if isinstance(text, str) else text
+    except json.JSONDecodeError:
+        return None
+    calls = calls if isinstance(calls, list) else [calls]
+    return [{"type": "function", "function": call} for call in calls if isinstance(call, dict)] or None
+
+
+def read_turns(value: Any, row: dict) -> Any:
+    """Return a list of turns, with the row's own `system` column in front; what is no list stays as it is."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    messages = [turn(m) for m in value]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and not (messages and roles_of(messages)[0] == "system"):
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def roles_of(messages: list) -> list[Any]:
+    """Return the roles of a list of turns."""
+    return [m.get("role") if isinstance(m, dict) else None for m in messages]
+
+
+def as_side(value: Any, role: str) -> Any:
+    """Return a prompt or an answer: a list of turns, or text as it is; a single turn becomes a list."""
+    if isinstance(value, dict):
+        return [turn(value)]
+    return [turn(m) for m in value] if isinstance(value, list) else value
+
+
+def read_question(row: dict, question: str, answer: str) -> list[dict]:
+    """Return question and answer as two turns."""
+    pair = [{"role": "user", "content": row.get(question)}, {"role": "assistant", "content": row.get(answer)}]
+    return read_turns(pair, row)
+
+
+def read_alpaca(row: dict, answer: str) -> list[dict]:
+    """Return an Alpaca row as turns: system, history, instruction with its input, output."""
+    text = row.get("instruction")
+    given = row.get("input") or row.get("context")
+    if isinstance(text, str) and isinstance(given, str) and given.strip():
+        text = f"{text}\n\n{given}"
+    messages = []
+    for exchange in row.get("history") or []:
+        said = exchange if isinstance(exchange, list) and len(exchange) == 2 else [exchange, None]
+        messages += [{"role": "user", "content": said[0]}, {"role": "assistant", "content": said[1]}]
+    messages.append({"role": "user", "content": text})
+    if answer:
+        messages.append({"role": "assistant", "content": row.get(answer)})
+    return read_turns(messages, row)
+
+
+def as_answer(value: Any, chat: bool) -> Any:
+    """Return an answer as turns when the prompt is turns."""
+    if chat and (isinstance(value, str) or value is None):
+        return [{"role": "assistant", "content": value}]
+    return as_side(value, "assistant")
+
+
+def read_pair(row: dict, question: str) -> dict:
+    """Return prompt, chosen and rejected from three columns, as turns when one of them is turns."""
+    prompt, sides = row.get(question), [row.get("chosen"), row.get("rejected")]
+    system = row.get("system")
+    chat = any(isinstance(v, list | dict) for v in (prompt, *sides)) or bool(
+        isinstance(system, str) and system.strip()
+    )
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = read_turns(prompt, row) if chat else prompt
+    return {"prompt": prompt, "chosen": as_answer(sides[0], chat), "rejected": as_answer(sides[1], chat)}
+
+
+def read_pair_chat(row: dict, turns: str) -> dict:
+    """Return a pair whose prompt is a conversation."""
+    sides = {k: as_answer(row.get(k), True) for k in ("chosen", "rejected")}
+    return {"prompt": read_turns(row.get(turns), row)} | sides
+
+
+def read_pair_alpaca(row: dict) -> dict:
+    """Return a pair whose prompt is an Alpaca instruction."""
+    return {"prompt": read_alpaca(row, "")} | {k: as_answer(row.get(k), True) for k in ("chosen", "rejected")}
+
+
+def read_shared_prefix(row: dict) -> dict:
+    """Return a pair from two whole conversations: what they share is the prompt."""
+    sides = [read_turns(split_speakers(row.get(k)), row) for k in ("chosen", "rejected")]
+    if not all(isinstance(side, list) for side in sides):
+        return {"prompt": [], "chosen": sides[0], "rejected": sides[1]}
+    shared = 0
+    for one, other in zip(*sides, strict=False):
+        if one != other:
+            break
+        shared += 1
+    while (
+        shared and roles_of(sides[0])[shared - 1] == "assistant" and shared in (len(sides[0]), len(sides[1]))
+    ):
+        shared -= (
+            1  # one is the beginning of the other, or both are equal: the last answer still is an answer
+        )
+    return {"prompt": sides[0][:shared], "chosen": sides[0][shared:], "rejected": sides[1][shared:]}
+
+
+def split_speakers(text: Any) -> Any:
+    r"""Return hh-rlhf's text ("\n\nHuman: … \n\nAssistant: …") as turns; anything but text unchanged."""
+    if not isinstance(text, str):
+        return text
+    messages: list[dict] = []
+    for piece in text.split("\n\n"):
+        for word, role in (("Human:", "user"), ("Assistant:", "assistant")):
+            if piece.startswith(word):
+                messages.append({"role": role, "content": piece[len(word) :].strip()})
+                break
+        else:
+            if messages:
+                messages[-1]["content"] = f"{messages[-1]['content']}\n\n{piece}"
+            elif piece.strip():
+                messages.append({"role": "user", "content": piece})
+    return messages
+
+
+def as_label(value: Any) -> Any:
+    """Return 0 and 1 as false and true; anything else unchanged."""
+    return bool(value) if isinstance(value, int) and value in (0, 1) else value
+
+
+def read_thumb(row: dict, question: str, answer: str) -> dict:
+    """Return prompt, completion and label from three columns."""
+    pair = read_pair({**row, "chosen": row.get(answer), "rejected": row.get(answer)}, question)
+    return {"prompt": pair["prompt"], "completion": pair["chosen"], "label": as_label(row.get("label"))}
+
+
+def read_thumb_chat(row: dict, turns: str) -> dict:
+    """Return a rated conversation: its last assistant turn is the completion."""
+    messages = read_turns(row.get(turns), row)
+    prompt, answer = split_last(messages)
+    return {"prompt": prompt, "completion": answer, "label": as_label(row.get("label"))}
+
+
+def split_last(messages: Any) -> tuple[Any, Any]:
+    """Split turns before the last assistant turn; (all, None) when there is none."""
+    if isinstance(messages, list):
+        last = max((i for i, r in enumerate(roles_of(messages)) if r == "assistant"), default=None)
+        if last is not None:
+            return messages[:last], messages[last : last + 1]
+    return messages, None
+
+
+def convert(row: dict, form: Format, kind: str) -> dict:
+    """Return a raw row as the row of `kind`, with the columns that ride along.
+
+    Raises:
+        InputError: rows of this shape cannot be used for this kind (the same for every row of the source).
+    """
+    core = reshape(form.read(row), form, kind)
+    spare = {
+        k: v for k, v in row.items() if k not in form.columns and k not in MEANT_BY_TRL and k not in core
+    }
+    if isinstance(spare.get("tools"), list):
+        spare["tools"] = json.dumps(spare["tools"], ensure_ascii=False)
+    return core | spare
+
+
+def reshape(core: dict, form: Format, kind: str) -> dict:
+    """Turn one shape into the row of a kind, where that makes sense."""
+    shape = form.shape
+    if kind == "sft" and shape in ("chat", "answer", "text"):
+        if shape == "answer" and any(isinstance(core[k], list) for k in core):
+            sides = [to_turns(core["prompt"], "user"), to_turns(core["completion"], "assistant")]
+            return {"messages": [m for side in sides for m in side]}
+        return core
+    if (kind, shape) in (
+        ("preference", "pair"),
+        ("unpaired_preference", "thumb"),
+        ("unpaired_preference", "pair"),
+    ):
+        return core
+    if kind == "prompt" and shape in ("prompt", "pair", "thumb", "answer", "chat"):
+        return prompt_only(core, shape)
+    raise InputError(
+        f"{form.name} cannot be used here",
+        why=f"this recipe wants {WANTS[kind]}",
+        fix=RECIPE[shape],
+    )
+
+
+def prompt_only(core: dict, shape: str) -> dict:
+    """Keep the prompt; the answer there was becomes the column `answer`, which a verifier or a benchmark may read."""
+    if shape == "chat":
+        prompt, answer = split_last(core["messages"])
+        return {"prompt": prompt} | ({"answer": answer[0]["content"]} if answer else {})
+    if shape == "answer":
+        answer = core["completion"]
+        return {
+            "prompt": core["prompt"],
+            "answer": answer[-1]["content"] if isinstance(answer, list) and answer else answer,
+        }
+    return {"prompt": core["prompt"]}
+
+
+def to_turns(value: Any, role: str) -> list:
+    """Return turns for text; turns stay."""
+    return value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def is_chat(row: dict) -> bool:
+    """Say whether a converted row is made of turns and not of text."""
+    return any(isinstance(row.get(k), list) for k in ("messages", "prompt", "chosen", "completion"))
+
+
+def to_chat(row: dict) -> dict:
+    """Return a converted row of text as one of turns (plain `text` stays: nobody knows who speaks)."""
+    if is_chat(row) or "prompt" not in row:
+        return row
+    sides = {k: to_turns(row[k], "assistant") for k in ("completion", "chosen", "rejected") if k in row}
+    prompt = to_turns(row["prompt"], "user")
+    if "completion" in row and "label" not in row:
+        rest = {k: v for k, v in row.items() if k not in ("prompt", "completion")}
+        return rest | {"messages": prompt + sides["completion"]}
+    return row | {"prompt": prompt} | sides
+
+
+def unpair(row: dict) -> list[dict]:
+    """Return a preference pair as two rows with a thumb."""
+    rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
+    return [
+        rest | {"completion": row["chosen"], "label": True},
+        rest | {"completion": row["rejected"], "label": False},
+    ]
+
+
+def core_columns(kind: str) -> set[str]:
+    """Return the columns a dataset of this kind may have; for "prompt" all others stay too."""
+    return {*CORE[kind], *KEPT}
+
+
+def unknown_columns(columns: list[str], kind: str, where: str) -> InputError:
+    """Build the error for columns that fit no format: what there is, the nearest name, the fix."""
+    wanted = [*CORE[kind], *(CONVERSATIONS if kind != "preference" else ()), *PROMPTS]
+    near = [(c, nearest(c, wanted)) for c in columns]
+    close = [f"{theirs}: {ours}" for theirs, ours in near if ours and theirs != ours]
+    fix = (
+        f"rename in a data/*.yaml: columns: {{{close[0]}}}"
+        if close
+        else "rename in a data/*.yaml: columns: {theirs: ours}"
+    )
+    return InputError(
+        f"the columns ({', '.join(columns)}) are of no format that is known",
+        where=where,
+        why=f"this recipe wants {WANTS[kind]}",
+        fix=f"{fix}; or edit the row function of the recipe",
+    )
