@@ -139,29 +139,19 @@ def parse(train_class: type, defaults: dict, argv: list[str] | None = None, also
     groups = {DataArguments: "data", PeftArguments: "adapter", ModelConfig: "model", train_class: "training"}
     groups |= {extra: extra.__name__ for extra in also}
     hints = {cls: typing.get_type_hints(cls) for cls in groups}
-    known = {
-        f.name: (cls, f) for cls in groups for f in dataclasses.fields(cls) if f.init and f.name != "use_peft"
-    }
+    known = {f.name: (cls, f) for cls in groups for f in dataclasses.fields(cls) if f.init}
+    known.pop("use_peft")  # it says neither which method nor with what; RENAMED has a sentence for it
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    flags, config_path, wants_help = read_flags(known, hints, argv)
+    flags, config_path, wants_help = read_flags(known, hints, list(sys.argv[1:] if argv is None else argv))
     layers = [("recipe", "DEFAULTS", defaults, {})]
     if config_path:
         path, written, lines = read_config(config_path)
         layers.append((f"file {path.name}", str(path), written, lines))
-    layers.append(("flag", "the command line", flags, {}))
-
+    layers.append(("flag", "", flags, {}))
     values: dict[str, Any] = {"output_dir": f"outputs/{recipe}"}
     sources = dict.fromkeys(known, "library") | {"output_dir": "recipe"}
-    for source, place, written, lines in layers:
-        for key, value in written.items():
-            name = str(key).replace("-", "_")
-            where = "--" + name if source == "flag" else f"{place}, {key}" + lines.get(key, "")
-            check_known(name, known, where, flag=source == "flag")
-            cls, fld = known[name]
-            values[name] = coerce(name, value, hints[cls][name], where, choices=fld.metadata.get("choices"))
-            sources[name] = source
-        resolve_aliases(values, sources, known, source)
+    for layer in layers:
+        merge_layer(layer, values, sources, known, hints)
     if wants_help:
         print_help(recipe, known, groups, values, everything=wants_help == "--help_all")
         raise SystemExit(0)
@@ -177,6 +167,19 @@ def parse(train_class: type, defaults: dict, argv: list[str] | None = None, also
         recipe,
         tuple(built[extra] for extra in also),
     )
+
+
+def merge_layer(layer: tuple, values: dict, sources: dict, known: dict, hints: dict) -> None:
+    """Check what one place says (`layer`: its source, its path, {key: value}, {key: line}) and let it win."""
+    source, place, written, lines = layer
+    for key, value in written.items():
+        name = str(key).replace("-", "_")
+        where = "--" + name if source == "flag" else f"{place}{lines.get(key, '')}, {key}"
+        check_known(name, known, where, flag=source == "flag")
+        cls, fld = known[name]
+        values[name] = coerce(name, value, hints[cls][name], where, choices=fld.metadata.get("choices"))
+        sources[name] = source
+    resolve_aliases(values, sources, known, source)
 
 
 def check_known(name: str, known: dict, where: str, flag: bool) -> None:
@@ -203,7 +206,7 @@ def resolve_aliases(values: dict, sources: dict, known: dict, source: str) -> No
 
 
 def fill_aliases(values: dict, sources: dict, known: dict) -> None:
-    """Give the new name the trainer's own default of the old one: unset, transformers warns at every start."""
+    """Give the new name the trainer's default of the old one: unset, transformers warns at every start."""
     for old, new in ALIASES.items():
         if old in known and new in known:
             if new not in values and known[old][1].default is not None:
@@ -233,10 +236,10 @@ def build(cls: type, values: dict) -> Any:
 
 
 def read_config(path_text: str) -> tuple[Path, dict, dict[str, str]]:
-    """Read `--config`: the path found, its mapping, and for each key " (line n)"."""
+    """Read `--config`: the path found, its mapping, and for each key ", line n"."""
     path = locate(path_text)
     mapping, lines = read_yaml(path)
-    return path, mapping, {key: f" (line {line})" for key, line in lines.items()}
+    return path, mapping, {key: f", line {line}" for key, line in lines.items()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -303,7 +306,7 @@ def print_help(recipe: str, known: dict, groups: dict, values: dict, everything:
     shared = {f.name for f in dataclasses.fields(TrainingArguments)}
     print(f"usage: {recipe}.py [--config FILE.yaml] [--option value …]\n")
     print(
-        "Precedence: command line > --config > the recipe's DEFAULTS > the library. '*': set by one of the first three."
+        "Command line > --config > the recipe's DEFAULTS > the library; '*' marks what the first three set."
     )
     for cls, title in groups.items():
         print(f"\n{title}:")

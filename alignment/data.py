@@ -1,47 +1,33 @@
-"""Rows for training and evaluation: read, converted, checked, sampled, mixed and split, the same on every rank.
+"""Rows for training and evaluation: read, sampled, mixed and split, the same on every rank.
 
-Everything random comes from numpy generators seeded with (seed, position of the source); nothing depends on `hash`,
-on the order of files in a folder or on a cache that ranks could race for. Rows are held in memory once per process:
-`--streaming` is for what does not fit.
+Everything random comes from numpy generators seeded with (seed, position of the source); nothing depends on
+`hash`, on the order of files in a folder or on a cache that ranks could race for. Rows are held in memory
+once per process: `--streaming` is for what does not fit.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from alignment.errors import InputError, nearest
-from alignment.files import Broken, kind_of
-from alignment.formats import (
-    CORE,
-    Format,
-    convert,
-    core_columns,
-    is_chat,
-    problems,
-    recognise,
-    to_chat,
-    unknown_columns,
-    unpair,
-)
+from alignment.errors import InputError
+from alignment.formats import CORE
 from alignment.ledger import Ledger
-from alignment.rows import Problem
+from alignment.reading import Rows, ToRow, check_rows, harmonise, read_part, settle_bad_rows
 from alignment.sources import Part, Plan, resolve
+from alignment.streams import open_streams, train_stream
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
     from alignment.config import Arguments
-
-ToRow = Callable[[dict], dict]
-PEEK = 200  # rows that decide which format a source has
 
 
 @dataclass
@@ -60,23 +46,6 @@ class Splits:
     notes: list[str]
 
 
-@dataclass
-class Rows:
-    """The rows of one part: `rows[i]` is what one raw row became, one row or (an unpaired pair) two.
-
-    Attributes:
-        bad: (row number, what is wrong) of the rows that are not in `rows`.
-        read: raw rows in all.
-        recognised: whether the columns are of a known format, or left to the recipe's row function.
-    """
-
-    part: Part
-    rows: list[list[dict]] = field(default_factory=list)
-    bad: list[tuple[int, Problem]] = field(default_factory=list)
-    read: int = 0
-    recognised: bool = True
-
-
 def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None) -> Splits:
     """Read `args.data.data` into a training and a test set.
 
@@ -93,9 +62,7 @@ def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None) -> Spli
     parts = [p for plan in plans for p in plan.parts if p.role == "train" or test_size or args.data.eval_data]
     name_apart(parts)
     if args.data.streaming:
-        from alignment.streams import stream_splits
-
-        return stream_splits(args, parts, kind, to_row)
+        return streamed(args, parts, kind, to_row, seed, test_size)
     notes: list[str] = []
     ledger = Ledger()
     tables = [read_part(part, kind, to_row, notes) for part in parts]
@@ -111,6 +78,38 @@ def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None) -> Spli
     ledger.check()
     note_twins(train, test, kind, notes)
     return Splits(build(train), build(test) if test else None, ledger, notes)
+
+
+def streamed(
+    args: Arguments, parts: list[Part], kind: str, to_row: ToRow | None, seed: int, test_size: float
+) -> Splits:
+    """Return training rows that are read as they are needed, and a test set of whole rows in memory.
+
+    Without rows of their own to evaluate on, the first `test_size` rows are set aside; a share of a stream of
+    unknown length cannot be.
+    """
+    ledger, notes, policy = (
+        Ledger(),
+        ["rows are read while training: the ledger grows as they come"],
+        args.data.on_bad_row,
+    )
+    train = open_streams([p for p in parts if p.role == "train"], kind, to_row, policy, ledger, notes)
+    own = open_streams([p for p in parts if p.role == "eval"], kind, to_row, policy, ledger, notes)
+    if not own and 0 < test_size < 1:
+        if written(args, "test_size"):
+            raise InputError(
+                f"test_size {test_size:g} is a share, and nobody knows how long a stream is",
+                where="--test_size",
+                fix="a number of rows, 0, or --eval_data",
+            )
+        notes.append("no rows are held out of a stream: --test_size 500 sets the first 500 aside")
+    elif not own:
+        for stream, n in zip(train, share(int(test_size), [1] * len(train)), strict=True):
+            stream.aside = n
+    for stream in own:
+        stream.aside = int(test_size) if test_size > 1 and not args.data.eval_data else sys.maxsize
+    test = [row for stream in (own or train) for row in stream.rows("test")]
+    return Splits(train_stream(train, seed), build(test) if test else None, ledger, notes)
 
 
 def load_rows(spec: str, kind: str) -> Dataset:
@@ -156,7 +155,7 @@ def gather(args: Arguments) -> list[Plan]:
 
 
 def settle(args: Arguments, plans: list[Plan]) -> tuple[int, float]:
-    """Return the seed and the test size: what the user wrote goes before a declaration, that before defaults."""
+    """Return the seed and the test size: the user's word, a declaration's, the default."""
     train = args.train
     seed, test_size = train.seed if train.data_seed is None else train.data_seed, args.data.test_size
     for plan in plans:
@@ -183,195 +182,6 @@ def name_apart(parts: list[Part]) -> None:
         seen[part.name] += 1
         if seen[part.name] > 1:
             part.name = f"{part.name} ({seen[part.name]})"
-
-
-def read_part(part: Part, kind: str, to_row: ToRow | None, notes: list[str]) -> Rows:
-    """Read and convert the rows of one part, one list per raw row; unreadable rows are booked as bad."""
-    table = Rows(part)
-    numbered = list(part.read())
-    table.read = len(numbered)
-    raw = []
-    for number, row in numbered:
-        if isinstance(row, Broken):
-            table.bad.append((number, Problem("row", row.why, "", "repair the line", "row cannot be read")))
-        else:
-            raw.append((number, rename(row, part)))
-    if not raw:
-        return table
-    columns, samples = columns_of([row for _, row in raw])
-    form = recognise(columns, samples, kind)
-    if form is None and to_row is None:
-        raise unknown_columns(columns, kind, part.where)
-    table.recognised = form is not None
-    for number, row in raw:
-        table.rows.append([converted(row, form, kind, part) | {"source": part.name, "row": number}])
-    announce(table, form, columns, kind, notes)
-    return table
-
-
-def rename(row: dict, part: Part) -> dict:
-    """Rename the columns a declaration maps; a column of the new name gives way."""
-    if not part.columns:
-        return row
-    missing = [theirs for theirs in part.columns if theirs not in row]
-    if missing:
-        near = nearest(missing[0], list(row))
-        raise InputError(
-            f"there is no column {missing[0]!r}",
-            where=part.where,
-            why=f"the columns are {', '.join(row)}",
-            fix=f"did you mean {near}?" if near else "",
-        )
-    kept = {k: v for k, v in row.items() if k not in part.columns and k not in part.columns.values()}
-    return kept | {ours: row[theirs] for theirs, ours in part.columns.items()}
-
-
-def columns_of(rows: list[dict]) -> tuple[list[str], list[dict]]:
-    """Return the columns of a source (those of its first rows, and of most rows) and a few samples."""
-    counts = Counter(column for row in rows[:PEEK] for column in row)
-    return list(counts), rows[:PEEK]
-
-
-def converted(row: dict, form: Format | None, kind: str, part: Part) -> dict:
-    """Convert one row; say which source it is when its shape does not fit the recipe."""
-    if form is None:
-        return dict(row)
-    try:
-        return convert(row, form, kind)
-    except InputError as error:
-        raise InputError(error.what, where=part.where, why=error.why, fix=error.fix) from None
-
-
-def announce(table: Rows, form: Format | None, columns: list[str], kind: str, notes: list[str]) -> None:
-    """Note what was made of a source's columns, unless they already were what is wanted."""
-    name = table.part.name
-    if form is None:
-        notes.append(f"{name}: the columns ({', '.join(columns)}) are left to the recipe's row function")
-        return
-    row = table.rows[0][0]
-    got = [c for c in CORE[kind] if c in row]
-    if set(form.columns) <= {*got, "system"} and "inside" not in form.name:
-        return
-    if kind == "unpaired_preference" and form.shape == "pair":
-        n = len(table.rows)
-        notes.append(
-            f"{name}: {n:,} {form.name} ({', '.join(form.columns)}) read as {2 * n:,} rows with a thumb"
-        )
-    else:
-        notes.append(
-            f"{name}: {form.name} ({', '.join(form.columns)}) read as {', '.join(got) or ', '.join(row)}"
-        )
-
-
-def harmonise(tables: list[Rows], notes: list[str]) -> None:
-    """Make all rows conversations where some are: a data set cannot hold both."""
-    firsts = [(t, [group[0] for group in t.rows[:PEEK]]) for t in tables if t.rows and t.recognised]
-    chats = [t for t, rows in firsts if any(is_chat(r) for r in rows)]
-    texts = [t for t, rows in firsts if all("text" in r for r in rows)]
-    if texts and len(texts) < len(firsts):
-        other = next(t for t, _ in firsts if t not in texts)
-        raise InputError(
-            f"{texts[0].part.name} is plain text and {other.part.name} is not",
-            why="nobody can tell who speaks in a plain text, so the two cannot be trained on together",
-            fix="train on them one after the other",
-        )
-    if not chats:
-        return
-    for table, rows in firsts:
-        if not all(is_chat(r) for r in rows):
-            notes.append(f"{table.part.name}: text read as turns, as in {chats[0].part.name}")
-        table.rows = [[to_chat(row) for row in group] for group in table.rows]
-
-
-def check_rows(table: Rows, kind: str, to_row: ToRow | None, notes: list[str]) -> None:
-    """Validate every row, split pairs where thumbs are wanted, apply `to_row`; rows with problems move to `bad`."""
-    if kind == "unpaired_preference" and kind_of(Path(table.part.where)) in (".csv", ".tsv"):
-        read_labels(table, notes)
-    good = []
-    for (row,) in table.rows:
-        found, made = finish(row, kind, to_row, table.recognised, table.part.where)
-        if found:
-            table.bad.append((row["row"], found[0]))
-        else:
-            good.append(made)
-    table.rows = good
-
-
-def read_labels(table: Rows, notes: list[str]) -> None:
-    """Read true/false in a csv as what they are: a csv has only text."""
-    words = {"true": True, "false": False, "1": True, "0": False}
-    for (row,) in table.rows:
-        row["label"] = words.get(str(row.get("label")).strip().lower(), row.get("label"))
-    notes.append(f"{table.part.name}: the words true and false in label read as labels")
-
-
-def finish(
-    row: dict, kind: str, to_row: ToRow | None, recognised: bool, where: str
-) -> tuple[list[Problem], list[dict]]:
-    """Return (what is wrong with a converted row, the one or two rows it becomes)."""
-    pair = kind == "unpaired_preference" and "chosen" in row
-    found = problems(row, "preference" if pair else kind) if recognised else []
-    if found:
-        return found, []
-    made = []
-    for one in unpair(row) if pair else [row]:
-        out = one if to_row is None else apply(to_row, one, kind, where)
-        if out is not one:
-            found += problems(out, kind)
-        marks = {"source": row["source"], "row": row["row"]}
-        made.append({k: v for k, v in out.items() if stays(k, v, one, kind, to_row)} | marks)
-    return found, made
-
-
-def stays(column: str, value: Any, before: dict, kind: str, to_row: ToRow | None) -> bool:
-    """Say whether a column stays: the kind's own, and what the row function made; for prompts, all of them."""
-    if kind == "prompt" or column in core_columns(kind):
-        return True
-    return to_row is not None and (column not in before or before[column] is not value)
-
-
-def apply(to_row: ToRow, row: dict, kind: str, where: str) -> dict:
-    """Run the recipe's row function; a column it misses becomes an InputError."""
-    columns = [c for c in row if c not in ("source", "row")]
-    try:
-        out = to_row(dict(row))
-    except KeyError as error:
-        raise unknown_columns(columns, kind, f"{where}, asked for {error} by {to_row.__name__}") from error
-    if not isinstance(out, dict) or not any(c in out for c in CORE[kind]):
-        raise unknown_columns(columns, kind, f"{where}, after {to_row.__name__}")
-    return out
-
-
-def settle_bad_rows(tables: list[Rows], ledger: Ledger, policy: str) -> None:
-    """Book what was read; stop at bad rows, or book them as dropped when the policy is "drop"."""
-    bad = [(t.part, number, problem) for t in tables for number, problem in t.bad]
-    for table in tables:
-        ledger.read(table.part.name, table.read)
-        causes: dict[str, list[int]] = {}
-        for number, problem in table.bad:
-            causes.setdefault(problem.cause, []).append(number)
-        for cause, numbers in causes.items():
-            ledger.drop(table.part.name, None, cause, rows=numbers)
-    empty = next((t for t in tables if not t.rows), None)
-    if bad and (policy != "drop" or empty):
-        raise bad_rows_error(bad, sum(t.read for t in tables), droppable=policy == "stop" and not empty)
-
-
-def bad_rows_error(bad: list[tuple[Part, int, Problem]], total: int, droppable: bool) -> InputError:
-    """Build one error for all bad rows: the counts by cause, and one example each for the first three causes."""
-    causes = Counter(problem.cause for *_, problem in bad)
-    examples = list({problem.cause: (part, n, problem) for part, n, problem in reversed(bad)}.values())[::-1]
-    examples = (examples + [b for b in bad if b not in examples])[:3]
-    lines = [f"{part.where}, row {n}, {p.column}: {p.what}" for part, n, p in examples]
-    whys = dict.fromkeys(p.why for *_, p in examples if p.why)
-    fixes = dict.fromkeys(p.fix for *_, p in examples if p.fix)
-    counts = ", ".join(f"{n:,} x {cause}" for cause, n in causes.most_common(6))
-    return InputError(
-        f"{len(bad):,} of {total:,} rows cannot be used: {counts}",
-        where="\n        ".join(lines),
-        why="; ".join(whys),
-        fix="; ".join(fixes) + ("; or --on_bad_row drop to leave such rows out" if droppable else ""),
-    )
 
 
 def share(total: int, sizes: list[int]) -> list[int]:
@@ -452,7 +262,7 @@ def repeated(rows: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
 
 
 def take(table: Rows, ledger: Ledger, seed: int, limit: int | None) -> list[dict]:
-    """Return the rows of a source that is for evaluation, at most `limit` of them (a seeded sample, in order)."""
+    """Return the rows of a source for evaluation, at most `limit` of them (a seeded sample, in order)."""
     order = np.random.default_rng([seed, 2]).permutation(len(table.rows))[:limit]
     held = [table.rows[i] for i in np.sort(order)]
     book(ledger, table, [], held, repeats=0)

@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,8 @@ def locate(path: str | Path, folder: Path | None = None) -> Path:
     for place in places:
         if (place / wanted).exists():
             return place / wanted
-    first = places[0] / wanted
-    beside = sorted(p.name for p in first.parent.iterdir()) if first.parent.is_dir() else []
-    near = nearest(first.name, beside)
+    folders = [(place / wanted).parent for place in places if (place / wanted).parent.is_dir()]
+    near = nearest(wanted.name, sorted({p.name for parent in folders for p in parent.iterdir()}))
     raise InputError(
         f"there is no {path}",
         where=f"looked in {', '.join(dict.fromkeys(str(p) for p in places))}",
@@ -104,17 +103,16 @@ def reason_of(error: yaml.YAMLError) -> str:
     return str(error.problem) if isinstance(error, yaml.MarkedYAMLError) else str(error)
 
 
-def decode(raw: bytes, path: Path) -> str:
+def decode(raw: bytes, path: Path, lines_before: int = 0, bytes_before: int = 0) -> str:
     """Decode UTF-8 (with or without a byte order mark); InputError names the line and byte that is not."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        utf16 = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
-        name = "UTF-16" if utf16 else "WINDOWS-1252"
+        line = lines_before + raw.count(b"\n", 0, error.start) + 1
+        name = "UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
         raise InputError(
             f"{path.name} is not UTF-8",
-            where=f"{path}, line {line}, byte {error.start}: 0x{raw[error.start]:02x}",
+            where=f"{path}, line {line}, byte {bytes_before + error.start}: 0x{raw[error.start]:02x}",
             why="decoded as something else, letters would silently become others",
             fix=f"iconv -f {name} -t UTF-8 {path.name} > utf8{path.suffix}",
         ) from error
@@ -144,14 +142,7 @@ def read_file(path: Path) -> Iterator[tuple[int, dict]]:
     if kind in (".parquet", ".arrow"):
         rows = read_table(path, kind)
     else:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = decode(raw, path)
-        readers = {".jsonl": read_jsonl, ".json": read_json, ".txt": read_text}
-        rows = (
-            readers[kind](text, path)
-            if kind in readers
-            else read_csv(text, path, "\t" if kind == ".tsv" else ",")
-        )
+        rows = read_plain(path, kind)
     empty = True
     for row in rows:
         empty = False
@@ -160,11 +151,27 @@ def read_file(path: Path) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path.name} has no rows", where=str(path), fix="check how the file was written")
 
 
-def read_jsonl(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield the rows of JSON lines; empty lines are skipped but counted (`splitlines` would split in texts)."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, parse_line(line)
+def read_plain(path: Path, kind: str) -> Iterator[tuple[int, dict]]:
+    """Yield the rows of a file of text; JSON lines are read as they come, the other kinds at once."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        if kind == ".jsonl":
+            yield from read_jsonl(file, path)
+            return
+        text = decode(file.read(), path)
+    if kind in (".csv", ".tsv"):
+        yield from read_csv(text, path, "\t" if kind == ".tsv" else ",")
+    else:
+        yield from (read_json if kind == ".json" else read_text)(text, path)
+
+
+def read_jsonl(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield the rows of JSON lines; empty lines are skipped but counted."""
+    start = 0
+    for number, line in enumerate(lines, 1):
+        text = decode(line, path, number - 1, start)
+        start += len(line)
+        if text.strip():
+            yield number, parse_line(text.rstrip("\r\n"))
 
 
 def parse_line(line: str) -> dict:
@@ -172,21 +179,20 @@ def parse_line(line: str) -> dict:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        return Broken(
-            f"no valid JSON: {error.msg}, column {error.colno}: {line[max(0, error.pos - 20) : error.pos + 20]!r}"
-        )
+        around = line[max(0, error.pos - 20) : error.pos + 20]
+        return Broken(f"no valid JSON: {error.msg}, column {error.colno}: {around!r}")
     return value if isinstance(value, dict) else Broken(f"a JSON {type(value).__name__}, not an object")
 
 
 def read_json(text: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield the rows of a JSON list, of an object with one list in it, or of JSON lines that were called .json."""
+    """Yield the rows of a JSON list, of an object with one list in it, or of JSON lines called .json."""
     if not text.strip():
         return
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            yield from read_jsonl(text, path)
+            yield from read_jsonl(io.BytesIO(text.encode()), path)
             return
         raise InputError(
             f"{path.name} is no valid JSON: {error.msg}",

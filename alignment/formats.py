@@ -1,7 +1,7 @@
 """The row formats people have, recognised by their columns and turned into the rows that trainers want.
 
-`recognise` looks at the columns of a source once; the `Format` it returns reads every row. What is wrong inside a row
-is not this module's business: `problems` says it about the converted row.
+`recognise` looks at the columns of a source once; the `Format` it returns reads every row. What is wrong
+inside a row is not this module's business: `problems` says it about the converted row.
 """
 
 import json
@@ -11,6 +11,16 @@ from typing import Any
 
 from alignment.errors import InputError, nearest
 from alignment.rows import Problem, problems
+from alignment.turns import (
+    as_answer,
+    as_side,
+    read_turns,
+    roles_of,
+    split_last,
+    split_speakers,
+    to_turns,
+    turn,
+)
 
 __all__ = [
     "Format",
@@ -24,17 +34,6 @@ __all__ = [
     "unpair",
 ]
 
-ROLE_NAMES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-}
-TURN_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 # (question columns, answer columns): the names prompt and completion go by; the first that is there is meant.
 PROMPTS = ("prompt", "question", "instruction", "query", "problem")
@@ -137,11 +136,9 @@ def pick(have: set[str], *names: str) -> tuple[str, ...]:
 def answer_format(have: set[str], question: str, answer: str) -> Format:
     """Return the format of rows with a question and its answer in two columns."""
     if question == "prompt":
-        read = lambda r: {
-            "prompt": as_side(r.get("prompt"), "user"),
-            "completion": as_side(r.get(answer), "assistant"),
-        }  # noqa: E731
-        return Format("prompts and completions", "answer", (question, answer), read)
+        return Format(
+            "prompts and completions", "answer", (question, answer), lambda r: read_answer(r, answer)
+        )
     used = pick(have, question, answer, "system")
     return Format(
         "questions and answers", "chat", used, lambda r: {"messages": read_question(r, question, answer)}
@@ -174,53 +171,12 @@ def pair_format(have: set[str], samples: list[dict], turns: str, question: str) 
     return None
 
 
-def turn(message: Any) -> Any:
-    """Return a turn as {role, content}, whichever of the two spellings it has; anything else unchanged."""
-    if not isinstance(message, dict):
-        return message
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
-        content = "".join(str(p.get("text", "")) for p in content)
-    if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": read_calls(content)}
-    extra = {k: message[k] for k in TURN_KEYS if message.get(k)}
-    return {"role": ROLE_NAMES.get(role, role) if isinstance(role, str) else role, "content": content} | extra
-
-
-def read_calls(text: Any) -> list[dict] | None:
-    """Return ShareGPT's function call as OpenAI-style tool calls, None when it is no JSON."""
-    try:
-        calls = json.loads(text) if isinstance(text, str) else text
-    except json.JSONDecodeError:
-        return None
-    calls = calls if isinstance(calls, list) else [calls]
-    return [{"type": "function", "function": call} for call in calls if isinstance(call, dict)] or None
-
-
-def read_turns(value: Any, row: dict) -> Any:
-    """Return a list of turns, with the row's own `system` column in front; what is no list stays as it is."""
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        return value
-    messages = [turn(m) for m in value]
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and not (messages and roles_of(messages)[0] == "system"):
-        messages = [{"role": "system", "content": system}, *messages]
-    return messages
-
-
-def roles_of(messages: list) -> list[Any]:
-    """Return the roles of a list of turns."""
-    return [m.get("role") if isinstance(m, dict) else None for m in messages]
-
-
-def as_side(value: Any, role: str) -> Any:
-    """Return a prompt or an answer: a list of turns, or text as it is; a single turn becomes a list."""
-    if isinstance(value, dict):
-        return [turn(value)]
-    return [turn(m) for m in value] if isinstance(value, list) else value
+def read_answer(row: dict, answer: str) -> dict:
+    """Return prompt and completion; when one of them is turns, both are."""
+    prompt, completion = as_side(row.get("prompt"), "user"), as_side(row.get(answer), "assistant")
+    if isinstance(prompt, list) or isinstance(completion, list):
+        prompt, completion = to_turns(prompt, "user"), to_turns(completion, "assistant")
+    return {"prompt": prompt, "completion": completion}
 
 
 def read_question(row: dict, question: str, answer: str) -> list[dict]:
@@ -243,13 +199,6 @@ def read_alpaca(row: dict, answer: str) -> list[dict]:
     if answer:
         messages.append({"role": "assistant", "content": row.get(answer)})
     return read_turns(messages, row)
-
-
-def as_answer(value: Any, chat: bool) -> Any:
-    """Return an answer as turns when the prompt is turns."""
-    if chat and (isinstance(value, str) or value is None):
-        return [{"role": "assistant", "content": value}]
-    return as_side(value, "assistant")
 
 
 def read_pair(row: dict, question: str) -> dict:
@@ -295,24 +244,6 @@ def read_shared_prefix(row: dict) -> dict:
     return {"prompt": sides[0][:shared], "chosen": sides[0][shared:], "rejected": sides[1][shared:]}
 
 
-def split_speakers(text: Any) -> Any:
-    r"""Return hh-rlhf's text ("\n\nHuman: … \n\nAssistant: …") as turns; anything but text unchanged."""
-    if not isinstance(text, str):
-        return text
-    messages: list[dict] = []
-    for piece in text.split("\n\n"):
-        for word, role in (("Human:", "user"), ("Assistant:", "assistant")):
-            if piece.startswith(word):
-                messages.append({"role": role, "content": piece[len(word) :].strip()})
-                break
-        else:
-            if messages:
-                messages[-1]["content"] = f"{messages[-1]['content']}\n\n{piece}"
-            elif piece.strip():
-                messages.append({"role": "user", "content": piece})
-    return messages
-
-
 def as_label(value: Any) -> Any:
     """Return 0 and 1 as false and true; anything else unchanged."""
     return bool(value) if isinstance(value, int) and value in (0, 1) else value
@@ -329,15 +260,6 @@ def read_thumb_chat(row: dict, turns: str) -> dict:
     messages = read_turns(row.get(turns), row)
     prompt, answer = split_last(messages)
     return {"prompt": prompt, "completion": answer, "label": as_label(row.get("label"))}
-
-
-def split_last(messages: Any) -> tuple[Any, Any]:
-    """Split turns before the last assistant turn; (all, None) when there is none."""
-    if isinstance(messages, list):
-        last = max((i for i, r in enumerate(roles_of(messages)) if r == "assistant"), default=None)
-        if last is not None:
-            return messages[:last], messages[last : last + 1]
-    return messages, None
 
 
 def convert(row: dict, form: Format, kind: str) -> dict:
@@ -359,10 +281,8 @@ def reshape(core: dict, form: Format, kind: str) -> dict:
     """Turn one shape into the row of a kind, where that makes sense."""
     shape = form.shape
     if kind == "sft" and shape in ("chat", "answer", "text"):
-        if shape == "answer" and any(isinstance(core[k], list) for k in core):
-            sides = [to_turns(core["prompt"], "user"), to_turns(core["completion"], "assistant")]
-            return {"messages": [m for side in sides for m in side]}
-        return core
+        joined = shape == "answer" and is_chat(core)
+        return {"messages": core["prompt"] + core["completion"]} if joined else core
     if (kind, shape) in (
         ("preference", "pair"),
         ("unpaired_preference", "thumb"),
@@ -379,7 +299,7 @@ def reshape(core: dict, form: Format, kind: str) -> dict:
 
 
 def prompt_only(core: dict, shape: str) -> dict:
-    """Keep the prompt; the answer there was becomes the column `answer`, which a verifier or a benchmark may read."""
+    """Keep the prompt; an answer becomes the column `answer`, which a verifier or a benchmark may read."""
     if shape == "chat":
         prompt, answer = split_last(core["messages"])
         return {"prompt": prompt} | ({"answer": answer[0]["content"]} if answer else {})
@@ -390,11 +310,6 @@ def prompt_only(core: dict, shape: str) -> dict:
             "answer": answer[-1]["content"] if isinstance(answer, list) and answer else answer,
         }
     return {"prompt": core["prompt"]}
-
-
-def to_turns(value: Any, role: str) -> list:
-    """Return turns for text; turns stay."""
-    return value if isinstance(value, list) else [{"role": role, "content": value}]
 
 
 def is_chat(row: dict) -> bool:

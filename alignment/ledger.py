@@ -179,7 +179,6 @@ class Ledger:
                 total, trained = (sum(p[i] for p in pairs) for i in (0, 1))
                 lines.append(f"{split}: {total:,} tokens, {trained:,} of them trained on")
         for split, (computed, real) in self.pad.items():
-            lines.append(
-                f"{split}: {computed:,} tokens computed for {real:,} real ones, {computed / max(real, 1):.2f} x"
-            )
+            times = computed / max(real, 1)
+            lines.append(f"{split}: {computed:,} tokens computed for {real:,} real ones, {times:.2f} x")
         return "\n".join(lines)

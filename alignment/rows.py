@@ -111,7 +111,7 @@ def check_prompt(row: dict, alternate: bool) -> Iterator[Problem]:
 
 
 def check_side(column: str, value: Any, alternate: bool, answer: bool = False) -> Iterator[Problem]:
-    """Check a prompt or an answer: text, or messages that end with the user's turn (prompt) or hold the answer."""
+    """Check a prompt or an answer: text, or turns that end with the user's (prompt) or hold the answer."""
     if not isinstance(value, list):
         yield from check_text(column, value)
         return

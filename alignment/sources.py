@@ -76,7 +76,7 @@ def resolve(spec: str, purpose: str, streaming: bool = False) -> Plan:
 
 
 def find_local(spec: str, folder: Path | None = None) -> tuple[Path | None, str]:
-    """Return (path, split) of a local spec, or (None, split) for a hub id; a local path that is missing raises."""
+    """Return (path, split) of a local spec, (None, split) for a hub id; raises for a missing local path."""
     bare, _, split = spec.rpartition("@") if "@" in spec else (spec, "", "")
     for text, wanted in ((spec, ""), (bare, split)):
         if any((root / Path(text).expanduser()).exists() for root in ([folder] if folder else roots())):
@@ -139,7 +139,7 @@ def local_parts(path: Path, split: str, purpose: str) -> list[Part]:
 
 
 def split_of(path: Path) -> str:
-    """Return the split a file's name begins with: "train" for train.jsonl and train-00000-of-00002.parquet."""
+    """Return the split a file's name begins with: "train" for train.jsonl and train-0-of-2.parquet."""
     word = re.split(r"[.\-_]", path.name)[0].lower()
     return word if word in ("train", *HELD_OUT) else ""
 
@@ -164,8 +164,8 @@ def disk_parts(path: Path) -> list[Part]:
 def choose(parts: list[Part], split: str, purpose: str, where: str) -> list[Part]:
     """Pick the parts for a purpose out of all splits of one source.
 
-    For "train": the training split, and the first of validation … test. For "test": the test split when there is
-    one, else the first other held-out one, else all.
+    For "train": the training split, and the first of validation … test. For "test": the test split when there
+    is one, else the first other held-out one, else all.
     """
     names = list(dict.fromkeys(p.split for p in parts))
     if split:
@@ -199,7 +199,7 @@ def choose(parts: list[Part], split: str, purpose: str, where: str) -> list[Part
 
 
 def hub_parts(spec: str, split: str, purpose: str, streaming: bool) -> list[Part]:
-    """Return the parts of a hub set, its split lists read from the hub (or from the local cache when offline)."""
+    """Return the parts of a hub set, its list of splits read from the hub (or the local cache)."""
     match = HUB.fullmatch(spec.rpartition("@")[0] if split else spec)
     name, config = match["id"], match["config"]
     if split:
@@ -234,7 +234,7 @@ def ask_hub(call: Callable[[], Any], name: str) -> Any:
             f"the hub set {name} cannot be read",
             where=f"https://huggingface.co/datasets/{name}",
             why=str(error).strip().split("\n")[0],
-            fix="check the name (org/name:config@split), the network and HF_HUB_OFFLINE, or give a local path",
+            fix="check org/name:config@split, the network and HF_HUB_OFFLINE, or give a local path",
         ) from error
 
 
@@ -260,9 +260,11 @@ def read_declaration(path: Path, purpose: str, streaming: bool) -> Plan:
     weighted = sum("weight" in s for s in sources)
     if weighted not in (0, len(sources)):
         raise InputError(
-            f"{weighted} of {len(sources)} sources have a weight", where=str(path), why="weights are shares of the whole mixture",
+            f"{weighted} of {len(sources)} sources have a weight",
+            where=str(path),
+            why="weights are shares of the whole mixture",
             fix="give every source a weight, or use rows",
-        )  # fmt: skip
+        )
     return Plan(parts, wanted.get("seed"), wanted.get("test_size"))
 
 
