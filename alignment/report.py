@@ -81,6 +81,12 @@ def package_versions(*names: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
+def run_id(model: str | Path) -> str | None:
+    """Return the id of the run that made a checkpoint folder: a hash of its run.json, None without one."""
+    file = Path(model) / "run.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+
+
 def check_free(path: str | Path, *, overwrite: bool = False) -> Path:
     """Raise InputError when a result could not be written to `path` later, before any work is done for it."""
     path = Path(path)

@@ -1,0 +1,133 @@
+"""What every script in eval/ shares: the flags, the models and their result files, the table at the end."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+
+from alignment.config import Parser, install_excepthook, with_underscores
+from alignment.errors import InputError, nearest
+from alignment.report import Result, check_free, results_table, write_result
+
+
+def make_parser(description: str, data: str) -> Parser:
+    """Return a parser with the flags of all evaluations; `data` is the default of --data."""
+    parser = Parser(description=description)
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, help="checkpoint folders or hub ids, or name=checkpoint")
+    add("--data", default=data, help=f"a file, a folder (its test split), a hub id or a data/*.yaml [{data}]")
+    add("--output", help="result file (.json), or a folder when there are several models [outputs/eval]")
+    add("--overwrite", action="store_true", help="replace result files that exist")
+    add("--limit", type=int, help="this many rows, drawn at random but the same for every model")
+    add("--batch_size", type=int, default=64, help="rows at a time and process; changes the speed only [64]")
+    add("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on a GPU, else float32")
+    add("--load_in_4bit", action="store_true", help="quantise the weights to NF4 while loading")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    return parser
+
+
+def read_arguments(parser: Parser, argv: list[str] | None = None) -> Namespace:
+    """Return the command line, with `models` (name -> checkpoint) and `files` (name -> result file) added.
+
+    Raises:
+        InputError: an unknown flag, with the nearest; a model named twice; a result file that exists already.
+    """
+    install_excepthook()
+    words = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        near = nearest(rest[0].partition("=")[0], known)
+        raise InputError(
+            f"unknown option {rest[0]}",
+            where="the command line",
+            fix=f"did you mean {near}?" if near else "--help lists the options",
+        )
+    for name in ("limit", "batch_size"):
+        if vars(args)[name] is not None and vars(args)[name] < 1:
+            raise InputError(f"--{name} is {vars(args)[name]}", where="the command line", fix="1 or more")
+    if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype is {args.dtype}", fix="auto, float32, bfloat16 or float16")
+    args.models = name_models(args.model)
+    args.files = name_files(args.models, args.output, args.overwrite)
+    return args
+
+
+def name_models(words: list[str]) -> dict[str, str]:
+    """Return name -> checkpoint; one without a name is called by the last part of its path."""
+    models: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals or "/" in name:
+            name, path = Path(word).name or word, word
+        if name in models:
+            raise InputError(
+                f"two models are called {name}", where="--model", fix=f"give one a name: other={path}"
+            )
+        models[name] = path
+    return models
+
+
+def name_files(models: Mapping[str, str], output: str | None, overwrite: bool) -> dict[str, Path]:
+    """Return the result file of each model; raises InputError when one exists or cannot be written."""
+    target = Path(output or "outputs/eval")
+    if target.suffix == ".json" and len(models) > 1:
+        raise InputError(
+            f"{len(models)} models and one result file",
+            where="--output",
+            fix=f"--output {target.with_suffix('')}, a folder",
+        )
+    if target.suffix == ".json":
+        files = dict.fromkeys(models, target)
+    else:
+        files = {name: target / f"{name.replace('/', '_')}.json" for name in models}
+    return {name: check_free(file, overwrite=overwrite) for name, file in files.items()}
+
+
+def choose_rows(rows: list, limit: int | None) -> list:
+    """Return `limit` rows in their order, drawn with a fixed seed: the same for every model and every day."""
+    import numpy as np
+
+    chosen = np.random.default_rng(0).permutation(len(rows))[:limit]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def load(path: str, args: Namespace) -> tuple:
+    """Return (model on this process's device, tokenizer, name of its dtype)."""
+    from accelerate import PartialState
+    from transformers.utils.logging import disable_progress_bar
+
+    from alignment.models import load_checkpoint
+
+    disable_progress_bar()
+    device = PartialState().device
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    model, tokenizer = load_checkpoint(
+        path, dtype, load_in_4bit=args.load_in_4bit, trust_remote_code=args.trust_remote_code
+    )
+    return model if args.load_in_4bit else model.to(device), tokenizer, dtype
+
+
+def keep(name: str, result: Result, args: Namespace) -> None:
+    """Write the result of one model, on the main process."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        write_result(result, args.files[name])
+
+
+def show_all(results: Mapping[str, Result], args: Namespace) -> None:
+    """Print the table of all models, where their files are, and what to do next, on the main process."""
+    from accelerate import PartialState
+    from rich.console import Console
+
+    if not PartialState().is_main_process:
+        return
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    rows = len(next(iter(results.values())).rows)
+    console.print(results_table(results, title=f"{args.data}: {rows:,} rows, value ± standard error"))
+    for file in args.files.values():
+        console.print(f"written: {file}", soft_wrap=True)
+    if len(results) > 1:
+        names = " ".join(str(file) for file in args.files.values())
+        console.print(f"next:    python eval/compare.py {names}", soft_wrap=True)

@@ -1,0 +1,249 @@
+"""Answers of a model to prompts: batched, the same for every batch size, shared over all processes."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from alignment.errors import InputError
+from alignment.templates import ChatEncoder
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen; a model's own generation_config adds its stop tokens and nothing else.
+
+    Attributes:
+        max_new_tokens: the answer is cut there.
+        temperature: 0 takes the most likely token (greedy), more samples from softmax(logits / temperature).
+        top_k: sample from the k most likely tokens only; 0 for all.
+        top_p: sample from the fewest tokens that hold this probability together.
+        num_beams: above 1, beam search.
+        seed: of the sampling; each row draws from its own stream.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        bounds = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (all) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "num_beams": (self.num_beams >= 1, "1 or more"),
+            "seed": (self.seed >= 0, "0 or more"),
+        }
+        for name, (fine, wanted) in bounds.items():
+            if not fine:
+                raise InputError(f"{name} is {vars(self)[name]}", where=f"--{name}", fix=wanted)
+        if self.temperature > 0 and self.num_beams > 1:
+            raise InputError(
+                "beam search and sampling together",
+                where="--num_beams and --temperature",
+                why="the rows would not be reproducible one by one",
+                fix="leave one of them out",
+            )
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            raise InputError(
+                "top_k and top_p change nothing at temperature 0",
+                where="--top_k, --top_p",
+                fix="--temperature 1.0 samples; leave them out for greedy answers",
+            )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to one prompt.
+
+    Attributes:
+        text: the answer without control tokens and outer white space.
+        tokens: its length, without the stop token.
+        stopped: it ended by itself, at a stop token, before max_new_tokens.
+        prompt_tokens: length of the prompt.
+    """
+
+    text: str
+    tokens: int
+    stopped: bool
+    prompt_tokens: int
+
+
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict]],
+    decoding: Decoding,
+    *,
+    batch_size: int = 32,
+    label: str = "answers",
+) -> list[Answer]:
+    """Return the model's answer to each prompt, in their order, on every process.
+
+    Prompts of similar length share a left-padded batch, the longest first. Greedy, sampled and beam answers
+    depend on neither the batch size nor the number of processes, up to the rounding of the dtype.
+
+    Args:
+        model: on its device, in eval mode.
+        tokenizer: the model's own.
+        prompts: conversations, rendered with the chat template, or texts, continued as they are.
+        decoding: how tokens are chosen.
+        batch_size: prompts per batch and process.
+        label: what the progress bar says.
+
+    Raises:
+        InputError: no room for prompt and answer in the model's positions, or a prompt of no tokens.
+    """
+    encoder = ChatEncoder(tokenizer, model.generation_config)
+    ids = [encoder.encode_text(p) if isinstance(p, str) else encoder.encode_prompt(p) for p in prompts]
+    check_room(ids, model, decoding.max_new_tokens)
+    state = PartialState()
+    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
+    mine = order[state.process_index :: state.num_processes]
+    found: list[tuple[int, Answer]] = []
+    bar = tqdm(total=len(mine), desc=label, unit="row", disable=None if state.is_main_process else True)
+    with bar, torch.inference_mode(), only_config(model, decoding, tokenizer, encoder.stops):
+        made = 0
+        for start in range(0, len(mine), batch_size):
+            rows = mine[start : start + batch_size]
+            new = generate_batch(model, tokenizer.pad_token_id, [ids[i] for i in rows], rows, decoding)
+            answers = [
+                read_answer(tokenizer, tokens, encoder.stops, len(ids[i]))
+                for tokens, i in zip(new, rows, strict=True)
+            ]
+            found += zip(rows, answers, strict=True)
+            made += sum(answer.tokens for answer in answers)
+            bar.update(len(rows))
+            bar.set_postfix_str(f"{made / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+    everyone = dict(gather_object(found))
+    return [everyone[i] for i in range(len(ids))]
+
+
+def check_room(ids: list[list[int]], model: PreTrainedModel | PeftModel, max_new_tokens: int) -> None:
+    """Raise InputError for an empty prompt, or one that with its answer exceeds the model's positions."""
+    limit = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    for index, tokens in enumerate(ids):
+        if not tokens:
+            raise InputError("a prompt has no tokens", where=f"prompt {index + 1}")
+        if limit and len(tokens) + max_new_tokens > limit:
+            raise InputError(
+                f"a prompt of {len(tokens):,} tokens and {max_new_tokens:,} new ones exceed the model's "
+                f"{limit:,} positions",
+                where=f"prompt {index + 1}",
+                why="beyond them a model says anything",
+                fix=f"--max_new_tokens {limit - len(tokens)} or less"
+                if len(tokens) < limit
+                else "leave the row out",
+            )
+
+
+@contextmanager
+def only_config(
+    model: PreTrainedModel | PeftModel,
+    decoding: Decoding,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: set[int],
+) -> Iterator[None]:
+    """Replace the model's generation config for a while.
+
+    Given as an argument, a config would be completed from the model's own: a repetition penalty that somebody
+    shipped with the weights would then be in every "greedy" answer.
+    """
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=False,
+        num_beams=decoding.num_beams,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    kept = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = config
+    try:
+        yield
+    finally:
+        for owner, own in zip(owners, kept, strict=True):
+            owner.generation_config = own
+
+
+def generate_batch(
+    model: PreTrainedModel | PeftModel,
+    pad: int,
+    ids: list[list[int]],
+    rows: list[int],
+    decoding: Decoding,
+) -> list[list[int]]:
+    """Return the new token ids of each prompt, padding included."""
+    width = max(map(len, ids))
+    device = model.device
+    tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+    processors = LogitsProcessorList()
+    if decoding.temperature > 0:
+        processors.append(SampleByRow(rows, decoding, device))
+    out = model.generate(input_ids=tokens, attention_mask=mask, logits_processor=processors)
+    return out[:, width:].tolist()
+
+
+def read_answer(
+    tokenizer: PreTrainedTokenizerBase, tokens: list[int], stops: set[int], prompt_tokens: int
+) -> Answer:
+    """Cut new tokens at the first stop token and decode them; what follows it is padding."""
+    end = next((i for i, token in enumerate(tokens) if token in stops), None)
+    body = tokens if end is None else tokens[:end]
+    text = tokenizer.decode(body, skip_special_tokens=True).strip()
+    return Answer(text, len(body), end is not None, prompt_tokens)
+
+
+class SampleByRow(LogitsProcessor):
+    """Draws each row's next token from the row's own random stream, and leaves only that token possible.
+
+    `generate` draws for the whole batch from one generator, so an answer would depend on its neighbours. Here
+    row i uses the stream (seed, i): one uniform number per token, looked up in the cumulated probabilities.
+    """
+
+    def __init__(self, rows: list[int], decoding: Decoding, device: torch.device):
+        draws = [np.random.default_rng((decoding.seed, row)).random(decoding.max_new_tokens) for row in rows]
+        self.precision = (
+            torch.float32 if device.type == "mps" else torch.float64
+        )  # Apple's GPUs have no double
+        self.draws = torch.tensor(np.array(draws), dtype=self.precision, device=device)  # (rows, new tokens)
+        self.step = 0
+        self.warpers = [TemperatureLogitsWarper(decoding.temperature)]
+        if decoding.top_k:
+            self.warpers.append(TopKLogitsWarper(decoding.top_k))
+        if decoding.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(decoding.top_p))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return scores (rows, vocabulary) with 0 at the drawn token and -inf elsewhere."""
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        heights = scores.to(self.precision).softmax(-1).cumsum(-1)
+        # Below the total by construction, so that the drawn token always has a probability above zero.
+        draw = self.draws[:, self.step, None] * heights[:, -1:]
+        token = torch.searchsorted(heights, draw, right=True).clamp(max=scores.shape[-1] - 1)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
