@@ -1,4 +1,4 @@
-"""Adapters for a model at hand: PEFT's configuration, quantisation, limits in plain words, and a good start."""
+"""Adapters for a model at hand: PEFT's configuration, quantisation, limits in plain words."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ __all__ = [
     "name_of",
     "resolve",
 ]
+# One switch under two names since transformers 5.23; trainers read either.
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 # Set by us or by PEFT itself; a value from the command line would contradict the recipe.
 _RESERVED = {
     "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "auto_mapping", "peft_version"
@@ -65,11 +67,11 @@ class Limit:
 
     text: str
     refuse: bool = False
-    fix: str = ""
+    switch: str = ""  # the argument to switch off
 
 
 def quantization(args: Arguments, name: str) -> BitsAndBytesConfig | None:
-    """Return how the base is quantised: NF4 with double quantisation for qlora, as the flags say otherwise."""
+    """Return how the base is quantised: NF4 with double quantisation for qlora, else as the flags say."""
     model = args.model
     if model.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -91,7 +93,7 @@ def nf4(kind: str = "nf4", nested: bool = True, storage: str | None = None) -> B
 
 
 def compute_dtype() -> torch.dtype:
-    """Return bfloat16 where the hardware has it (every CPU PyTorch supports, GPUs from Ampere on), else float32."""
+    """Return bfloat16 where the hardware has it (CPUs, GPUs from Ampere on), else float32."""
     if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float32
     return torch.bfloat16
@@ -122,16 +124,11 @@ def peft_config(
     values = chosen.values | _from_model(name, model, known)
     if head == "sequence" and "modules_to_save" in known:
         values["modules_to_save"] = targets.head_modules(model)
-    rows = targets.untrained_tokens(model, tokenizer) if head == "causal" else []
-    if rows and chosen.peft_type == "LORA" and "trainable_token_indices" not in user:
-        values["trainable_token_indices"] = _token_layers(model, rows)
-        tokens = ", ".join(tokenizer.convert_ids_to_tokens(rows))
-        notes.append(f"the rows of {tokens} were never trained in this base: trained beside the adapter")
-    elif rows:
-        notes.append(
-            f"the base never trained the rows of {tokenizer.convert_ids_to_tokens(rows)}; {name} cannot either"
-        )
-    values = _adalora_steps(args, values) if name == "adalora" else values
+    if head == "causal" and "trainable_token_indices" not in user:
+        layers, notes = _untrained_rows(name, model, tokenizer)
+        values |= {"trainable_token_indices": layers} if layers and "trainable_token_indices" in known else {}
+    if name == "adalora":  # the true total is known to the trainer: see warmstart.RankSchedule
+        values["total_step"] = max(args.train.max_steps, 1_000)
     task = {"causal": "CAUSAL_LM", "sequence": "SEQ_CLS"}[head]
     try:
         return config_class(task_type=task, **(values | user)), notes
@@ -140,7 +137,7 @@ def peft_config(
 
 
 def _checked(given: dict[str, Any], known: set[str], name: str) -> dict[str, Any]:
-    """Return the user's `peft_args` when the method has each of them; raises InputError with the nearest name."""
+    """Return the user's `peft_args`; raises InputError for one that the method does not have."""
     allowed = sorted(known - _RESERVED)
     for key in given:
         if key not in allowed:
@@ -167,39 +164,46 @@ def _from_model(name: str, model: PreTrainedModel, known: set[str]) -> dict[str,
     return values
 
 
-def _token_layers(model: PreTrainedModel, rows: list[int]) -> dict[str, list[int]]:
-    """Return the layers whose rows to train: the input embedding, and the output head when it is not the same."""
+def _untrained_rows(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, list[int]], list[str]]:
+    """Return the layers and rows of control tokens the base never trained, and what is done about them."""
+    rows = targets.untrained_tokens(model, tokenizer)
+    if not rows:
+        return {}, []
+    tokens = ", ".join(tokenizer.convert_ids_to_tokens(rows))
+    if family(name) != "LORA":
+        return {}, [
+            f"the base never trained the rows of {tokens}, and {name} cannot: it may not learn to stop"
+        ]
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = {names[id(embedding)].split(".")[-1]: rows}
     if head is not None and head.weight is not embedding.weight:
         layers[names[id(head)].split(".")[-1]] = rows
-    return layers
-
-
-def _adalora_steps(args: Arguments, values: dict[str, Any]) -> dict[str, Any]:
-    """Return AdaLoRA's values with a schedule; `finish` replaces the total by the trainer's."""
-    return values | {"total_step": max(args.train.max_steps, 1_000)}
+    return layers, [f"the base never trained the rows of {tokens}: they are trained beside the adapter"]
 
 
 def limits(name: str, recipe: str, train_args: Any) -> list[Limit]:
     """Return what this method cannot do, or does differently, in this recipe."""
     found = []
     fields = vars(train_args)
-    if name in ("prefix", "cartridge") and fields.get("gradient_checkpointing"):
-        text = f"{name} tuning does not work with gradient checkpointing: the prefix lives in the key-value cache"
-        found.append(Limit(text, True, "--gradient_checkpointing false"))
-    if name in PROMPT_LEARNING:
-        for key in ("packing", "padding_free"):
-            if fields.get(key):
-                text = f"{key} does not work with {name}: packed rows would see each other"
-                found.append(Limit(text, True, f"--{key} false"))
-        if recipe in ("dpo", "kto"):
-            text = f"{name}: the untrained virtual tokens move the policy at once, so the loss does not start at its "
-            found.append(Limit(text + ("ln 2" if recipe == "dpo" else "usual 0.5")))
+    if name not in PROMPT_LEARNING:
+        return found
+    if name in ("prefix", "cartridge") and any(fields.get(key) for key in CHECKPOINTING):
+        text = f"{name} tuning does not work with gradient checkpointing: the prefix is a key-value cache"
+        found.append(Limit(text, True, "gradient_checkpointing"))
+    for key in ("packing", "padding_free"):
+        if fields.get(key):
+            found.append(Limit(f"{key} does not work with {name}: rows would see each other", True, key))
+    if recipe in ("dpo", "kto"):
+        usual = "ln 2" if recipe == "dpo" else "its usual 0.5"
+        found.append(
+            Limit(f"{name}: untrained virtual tokens move the policy: the loss does not start at {usual}")
+        )
     if name == "prompt":
         found.append(
-            Limit("prompt tuning learns slowly below about a billion parameters: prefix or lora learn more")
+            Limit("prompt tuning learns little below a billion parameters: lora or prefix learn more")
         )
     return found
 
@@ -207,31 +211,33 @@ def limits(name: str, recipe: str, train_args: Any) -> list[Limit]:
 def apply_defaults(args: Arguments, name: str, model: PreTrainedModel) -> list[str]:
     """Adjust `args.train` to the method where the user left it open, and return what was changed, in words.
 
-    A learning rate of the recipe belongs to the recipe's own model and method: it is replaced when the user chose
-    either and set no rate.
+    A learning rate of the recipe belongs to the recipe's own model and method: it is replaced when the
+    user chose either and set no rate.
 
     Raises:
         InputError: the user asked for something that the method cannot do.
     """
     notes = []
-    train = args.train
-    for limit in limits(name, args.recipe, train):
-        key = limit.fix.removeprefix("--").split(" ")[0]
+    for limit in limits(name, args.recipe, args.train):
+        keys = [key for key in _same(limit.switch) if key in vars(args.train)]
         if not limit.refuse:
             notes.append(limit.text)
-        elif explicit(args, key):
-            raise InputError(limit.text, where=f"--{key}", fix=limit.fix)
+        elif any(explicit(args, key) for key in keys):
+            raise InputError(limit.text, where=f"--{limit.switch}", fix=f"--{limit.switch} false")
         else:
-            setattr(train, key, False)
-            args.sources[key] = f"adapter {name}"
+            for key in keys:
+                setattr(args.train, key, False)
+                args.sources[key] = f"adapter {name}"
             notes.append(f"{limit.text}; switched off")
-    chosen = explicit(args, "peft") or explicit(args, "model_name_or_path") or explicit(args, "load_in_4bit")
+    chosen = any(explicit(args, key) for key in ("peft", "use_peft", "load_in_4bit", "model_name_or_path"))
     if chosen and not explicit(args, "learning_rate"):
-        train.learning_rate = default_learning_rate(
-            name, model.config.get_text_config().hidden_size, args.recipe
-        )
+        width = model.config.get_text_config().hidden_size
+        args.train.learning_rate = default_learning_rate(name, width, args.recipe)
         args.sources["learning_rate"] = f"adapter {name}"
-        notes.append(
-            f"learning rate {train.learning_rate:g}, a first value for {name} on a model of this width"
-        )
+        notes.append(f"learning rate {args.train.learning_rate:g}: a first value for {name} at width {width}")
     return notes
+
+
+def _same(key: str) -> tuple[str, ...]:
+    """Return the names under which transformers keeps one switch."""
+    return CHECKPOINTING if key in CHECKPOINTING else (key,)

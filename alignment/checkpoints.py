@@ -38,7 +38,7 @@ _MAPPINGS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence": MODEL_FOR_SEQUEN
 def load_tokenizer(
     path: str | Path, revision: str = "main", trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model, an adapter (its own, else its base's) or a hub id, with a padding token.
+    """Return the tokenizer of a model, an adapter (its own, else its base's) or a hub id, padding set.
 
     Raises:
         InputError: there is no tokenizer, or it has neither a padding nor an end token.
@@ -51,7 +51,7 @@ def load_tokenizer(
             f"no tokenizer in {path}",
             where="--model_name_or_path",
             why="text cannot be turned into this model's token ids without its own tokenizer",
-            fix=f"copy tokenizer.json and tokenizer_config.json of the model there (one of {', '.join(TOKENIZER_FILES)})",
+            fix="copy the model's tokenizer.json and tokenizer_config.json there",
         )
     tokenizer = AutoTokenizer.from_pretrained(
         str(path), revision=revision, trust_remote_code=trust_remote_code
@@ -70,7 +70,15 @@ def load_tokenizer(
 
 def read_config(path: str | Path, head: str, revision: str = "main", trust_remote_code: bool = False):
     """Return the configuration of a model; raises InputError when it cannot have this head."""
-    config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    except ValueError as error:  # an unknown model_type, or code of its own that is not trusted
+        raise InputError(
+            f"the configuration of {path} cannot be used",
+            where="--model_name_or_path",
+            why=str(error).strip().split("\n")[0],
+            fix="a newer transformers, or --trust_remote_code true if it brings its own code and you trust it",
+        ) from error
     kind, names = config.model_type, config.architectures or []
     where = f"{path}, model_type {kind}"
     if config.is_encoder_decoder:
@@ -142,7 +150,8 @@ def load_base(
     try:
         model, report = _class_for(config, head, options).from_pretrained(
             source, config=config, state_dict=state_dict, dtype=dtype, quantization_config=quantization,
-            device_map=place, use_safetensors=True, output_loading_info=True, **options,
+            device_map=place, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -197,10 +206,10 @@ def _prepare_score(model: PreTrainedModel) -> None:
 
 
 def _pad_left(model: PreTrainedModel, args: tuple, kwargs: dict):
-    """Move padding to the left of rows that come as embeddings: transformers then reads their score at the last place.
+    """Move padding to the left of rows that come as embeddings, whose score is read at the last place.
 
-    Prompt and p-tuning hand embeddings, among which padding cannot be told from text: the score of a padded row would
-    be read at its padding and depend on the other rows of the batch.
+    Prompt and p-tuning hand embeddings, among which padding cannot be told from text: the score of a
+    padded row would be read at its padding and depend on the other rows of the batch.
     """
     embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     if embeds is None or mask is None or mask.ndim != 2 or mask.shape[1] != embeds.shape[1]:
@@ -238,18 +247,20 @@ def load_adapter(base: PreTrainedModel, path: str | Path, trainable: bool = Fals
     config.inference_mode = not trainable
     try:
         # from_pretrained refuses trainable prompt learning, and says nothing of keys that find no place
+        if config.is_prompt_learning:  # derived from this base again, so that another base does not fit
+            config.token_dim = config.num_layers = config.num_attention_heads = None
         model = peft.get_peft_model(base, config)
         weights = peft.load_peft_weights(str(path), device="cpu")
         peft.set_peft_model_state_dict(model, weights)
     except (RuntimeError, ValueError, KeyError) as error:
         raise _other_base(base, path, str(error).strip().splitlines()[-1].strip()) from error
     with safe_open(Path(path) / ADAPTER_WEIGHTS, "pt") as file:
-        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     loaded = {name: tuple(t.shape) for name, t in peft.get_peft_model_state_dict(model).items()}
     missing, unexpected = sorted(loaded.keys() - saved.keys()), sorted(saved.keys() - loaded.keys())
     wrong = sorted(name for name in saved.keys() & loaded.keys() if saved[name] != loaded[name])
     if missing or unexpected or wrong:
-        counts = f"{len(missing)} tensors missing, {len(unexpected)} without a place, {len(wrong)} of another shape"
+        counts = f"{len(missing)} missing, {len(unexpected)} without a place, {len(wrong)} of another shape"
         raise _other_base(base, path, f"{counts}, first {(missing + unexpected + wrong)[0]}")
     return model if trainable else model.eval()
 
@@ -257,8 +268,8 @@ def load_adapter(base: PreTrainedModel, path: str | Path, trainable: bool = Fals
 def _trainable(config: peft.PeftConfig, path: str | Path) -> peft.PeftConfig:
     """Return the configuration under which saved virtual tokens can go on learning.
 
-    PEFT saves what an encoder made (p-tuning, a projected prefix) and not the encoder: p-tuning's tokens become
-    plain prompt tuning, which computes the same; a projected prefix becomes a plain one.
+    PEFT saves what an encoder made (p-tuning, a projected prefix) and not the encoder: p-tuning's tokens
+    become plain prompt tuning, which computes the same; a projected prefix becomes a plain one.
     """
     if config.peft_type == peft.PeftType.P_TUNING:
         return peft.PromptTuningConfig(
@@ -300,7 +311,7 @@ def load_checkpoint(
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel | peft.PeftModel, PreTrainedTokenizerBase]:
-    """Return a model to evaluate and its tokenizer, from full weights, a merged model, an adapter or 4-bit weights.
+    """Return a model to evaluate and its tokenizer: from full or merged weights, an adapter, 4-bit weights.
 
     Raises:
         InputError: something is missing, unexpected or of another base.

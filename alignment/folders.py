@@ -18,7 +18,7 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def check_model(path: str | Path, revision: str = "main") -> None:
-    """Raise InputError unless the path is a folder with a config and safetensors, or a hub id that can be reached."""
+    """Raise InputError unless the path is a folder with config and safetensors, or a hub id within reach."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         _check_hub_id(str(path), revision)
@@ -62,7 +62,7 @@ def _check_shards(folder: Path) -> None:
 
 
 def _check_hub_id(name: str, revision: str) -> None:
-    """Raise InputError when the name is a local path that does not exist, or a hub id that is out of reach."""
+    """Raise InputError when the name is a local path that is not there, or a hub id out of reach."""
     folder = Path(name).expanduser()
     is_path = (
         name.count("/") > 1 or name.startswith((".", "/", "~")) or (folder.parent.is_dir() and "/" in name)
@@ -108,8 +108,9 @@ def _nested_models(folder: Path) -> str:
 def find_base(path: str | Path) -> str:
     """Return the base model of an adapter folder.
 
-    A base saved beside the adapter (`base_model/` in the folder or its parent) wins, so that a moved folder stays
-    whole; then the name in adapter_config.json, as given and relative to the folders above the adapter.
+    A base saved beside the adapter (`base_model/` in the folder or its parent) wins, so that a moved
+    folder stays whole; then the name in adapter_config.json, as given and relative to the folders above
+    the adapter.
 
     Raises:
         InputError: no such base is here, with the places that were tried.

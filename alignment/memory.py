@@ -32,18 +32,21 @@ def memory_estimate(
 ) -> dict[str, int]:
     """Return a rough count of the bytes one device needs, by what they are for.
 
-    weights: the parameters and buffers as they lie there (a 4-bit weight is half a byte), the reference included.
+    weights: the parameters and buffers as they lie there (a 4-bit weight is half a byte), the reference
+        included.
     gradients: one number per trainable parameter, in its type.
     optimizer: two 32-bit numbers per trainable parameter for Adam, less for 8-bit, SGD, Adafactor.
-    activations: per layer and token 34 bytes × hidden size at 16 bits (Korthikanti et al. 2022, without the attention
-        matrix, which flash and sdpa attention do not keep), double at 32 bits; with gradient checkpointing the input
-        of each layer and one layer in full.
+    activations: per layer and token 34 bytes × hidden size at 16 bits (Korthikanti et al. 2022, without
+        the attention
+        matrix, which flash and sdpa attention do not keep), double at 32 bits; with gradient
+        checkpointing the input of each layer and one layer in full.
     logits: three 32-bit copies of tokens × vocabulary (they, their softmax, the gradient).
 
     Args:
         model: the model, with its adapter when there is one.
         train_args: a TrainingArguments; `optim`, `gradient_checkpointing`, `bf16`, `fp16` are read.
-        tokens: tokens in one forward pass on one device, padding included (batch × length, twice that for pairs).
+        tokens: tokens in one forward pass on one device, padding included (batch × length, twice that
+            for pairs).
         reference: a second model held in memory (DPO with full fine-tuning).
         shards: processes over which FSDP or ZeRO-3 divides weights, gradients and optimizer.
     """

@@ -35,14 +35,15 @@ def merge_in_memory(
         InputError: the method has no merge (prompt learning), or the base is stored in 4 or 8 bits.
     """
     merged, own = _adapted(path, options)
-    return merged.merge_and_unload(safe_merge=True).to(own if dtype == "auto" else _as_dtype(dtype))
+    merged = merged.merge_and_unload(safe_merge=True).to(own if dtype == "auto" else _as_dtype(dtype))
+    return merged.requires_grad_(True)  # PEFT froze it
 
 
 def merge(path: str | Path, out: str | Path, say: Callable[[str], None] = print) -> dict[str, float]:
     """Write the merged model and its tokenizer to a new folder, and return how far it is from the adapter.
 
-    The result is {"max_difference": of logits, "kl": mean per token in nats, "agreement": share of equal first
-    choices} over a few probe texts. The folder appears complete or not at all.
+    The result is {"max_difference": of logits, "kl": mean per token in nats, "agreement": share of equal
+    first choices} over a few probe texts. The folder appears complete or not at all.
 
     Raises:
         InputError: no adapter, a method without a merge, `out` exists, or the merged model differs too much.
@@ -64,7 +65,7 @@ def merge(path: str | Path, out: str | Path, say: Callable[[str], None] = print)
     say("merged against adapter: " + ", ".join(f"{key} {value:.3g}" for key, value in distance.items()))
     if not (distance["kl"] <= MAX_KL and distance["agreement"] >= MIN_AGREEMENT):
         raise InputError(
-            f"the merged model is not the adapter's: KL {distance['kl']:.3g}, agreement {distance['agreement']:.3f}",
+            f"merging changed the model: KL {distance['kl']:.3g}, agreement {distance['agreement']:.3f}",
             where=str(path),
             why=f"bounds are KL {MAX_KL} and agreement {MIN_AGREEMENT}",
             fix="keep the adapter and load it with its base",
@@ -97,7 +98,7 @@ def _adapted(path: str | Path, options: dict | None = None):
         )
     own = base.dtype
     model = load_adapter(base.float(), path)
-    # BaseTuner.merge_and_unload exists for every tuner; those that cannot merge have no `merge` in their layers
+    # BaseTuner.merge_and_unload exists for every tuner; some have no `merge` in their layers
     layers = [m for m in model.modules() if hasattr(m, "active_adapters") and hasattr(m, "get_base_layer")]
     if not all(callable(vars(type(m)).get("merge") or getattr(type(m), "merge", None)) for m in layers):
         raise InputError(f"PEFT cannot merge {config.peft_type.value.lower()}", where=str(path))
@@ -110,7 +111,7 @@ def _as_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 @torch.no_grad()
 def probe(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
-    """Return the model's logits on the probe texts, each [tokens, vocabulary] (or [1, labels] for a sequence head)."""
+    """Return the logits on each probe text: [tokens, vocabulary], or [1, labels] for a sequence head."""
     model.eval()
     found = []
     for text in PROBES:
@@ -121,7 +122,7 @@ def probe(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[to
 
 
 def difference(one: list[torch.Tensor], two: list[torch.Tensor]) -> dict[str, float]:
-    """Return the largest difference of logits, the mean KL(one ‖ two) in nats, and the share of equal first choices."""
+    """Return the largest difference of logits, mean KL(one ‖ two) in nats, share of equal first choices."""
     first, second = torch.cat(one), torch.cat(two)
     largest = (first - second).abs().max().item()
     if (

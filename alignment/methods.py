@@ -1,4 +1,4 @@
-"""PEFT methods by name: what each one is in PEFT, the values and rate it starts from, and which one the flags ask for."""
+"""PEFT methods by name: type, first values and learning rate of each, and which one the flags ask for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _NEEDS_MORE = {
 
 @dataclass(frozen=True)
 class Method:
-    """A PEFT method under our name: PEFT's type, the values it starts from, and a learning rate (see `rate`)."""
+    """A PEFT method under our name: PEFT's type, a learning rate, and the values it starts from."""
 
     peft_type: str
     rate: float
@@ -56,8 +56,9 @@ class Method:
 
 
 _LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
-# The rates are for supervised fine-tuning at a hidden size of 2,000. Prefix, prompt and IA3 follow PEFT's own method
-# comparison (Llama-3.2-3B on GSM8K), where they beat PEFT's defaults by a factor of 1.5 to 6.
+# The rates are for supervised fine-tuning at a hidden size of 2,000. Prefix, prompt and IA3 follow
+# PEFT's own method comparison (Llama-3.2-3B on GSM8K), where they beat PEFT's defaults by a factor of
+# 1.5 to 6.
 METHODS = {
     "lora": Method("LORA", 2e-4, _LORA),
     "qlora": Method("LORA", 2e-4, _LORA),
@@ -93,7 +94,7 @@ def explicit(args: Arguments, name: str) -> bool:
 
 
 def resolve(args: Arguments) -> str:
-    """Return the one method the flags ask for: `--peft`, `--use_peft`, `--use_dora`, `--load_in_4bit` together.
+    """Return the one method that `--peft`, `--use_peft`, `--load_in_4bit` and the LoRA flags ask for.
 
     Raises:
         InputError: the name is unknown, or the flags contradict each other.
@@ -175,7 +176,7 @@ def method(name: str) -> Method:
 
 
 def name_of(peft_type: str) -> str:
-    """Return our name for one of PEFT's types: "LORA" is lora, "P_TUNING" ptuning, an unlisted type its own."""
+    """Return our name for one of PEFT's types: "LORA" is lora, "P_TUNING" ptuning."""
     return next((name for name, it in METHODS.items() if it.peft_type == peft_type), peft_type.lower())
 
 
@@ -187,8 +188,9 @@ def family(name: str) -> str:
 def default_learning_rate(name: str, hidden_size: int, recipe: str = "sft") -> float:
     """Return a learning rate to start from.
 
-    An adapter's rate falls with the width of the model as `(2000/hidden)^0.78` (the fit for Llama in "LoRA Without
-    Regret", Thinking Machines 2025); full fine-tuning takes a tenth of LoRA's rate and no scaling below width 2,000.
+    An adapter's rate falls with the width of the model as `(2000/hidden)^0.78` (the fit for Llama in
+    "LoRA Without Regret", Thinking Machines 2025); full fine-tuning takes a tenth of LoRA's rate and no
+    scaling below width 2,000.
     """
     scale = _RECIPE_SCALE.get(recipe, 1.0)
     if name == "none":

@@ -1,4 +1,4 @@
-"""Load what a recipe trains: a model or an adapter to continue, its tokenizer, and the adapter to put on it."""
+"""Load what a recipe trains: a model or an adapter to continue, its tokenizer, a new adapter."""
 
 from __future__ import annotations
 
@@ -50,10 +50,12 @@ class LoadedModel:
         model: the model, or a PeftModel whose adapter goes on being trained (then `peft_config` is None).
         tokenizer: its tokenizer, with a padding token.
         peft_config: the new adapter the trainer puts on the model, or None.
-        ref_model: the frozen reference for DPO and KTO where the trainer could not find it by itself, or None.
+        ref_model: the frozen reference for DPO and KTO where the trainer could not find it by itself, or
+            None.
         method: the name of the PEFT method, "none" for full fine-tuning.
         notes: what was decided for the user, one sentence each.
-        merged_from: the adapter folder that was merged into the base in memory; `save_base` then writes that base
+        merged_from: the adapter folder that was merged into the base in memory; `save_base` then writes
+            that base
             next to the new adapter.
     """
 
@@ -67,7 +69,7 @@ class LoadedModel:
 
 
 def load_model(args: Arguments, head: str = "causal") -> LoadedModel:
-    """Load the model of a run and decide on its adapter; `args.train` is adjusted to the method where left open.
+    """Load the model of a run and decide on its adapter; what `args.train` left open is set to suit it.
 
     Args:
         args: the parsed arguments. `--model_name_or_path` is a model, an adapter folder or a hub id.
@@ -106,8 +108,9 @@ def _options(args: Arguments) -> dict:
 def _dtype(args: Arguments, name: str) -> str | torch.dtype:
     """Return the type to hold the weights in.
 
-    What is trained in full is held in 32 bits unless the user says otherwise (small updates vanish in 16). A frozen
-    base only computes: on a GPU the checkpoint's own type, under a quantised base the type of its arithmetic.
+    What is trained in full is held in 32 bits unless the user says otherwise (small updates vanish in
+    16). A frozen base only computes: on a GPU the checkpoint's own type, under a quantised base the type
+    of its arithmetic.
     """
     if adapters.explicit(args, "dtype") or name == "none":
         return args.model.dtype or "auto"
@@ -162,7 +165,7 @@ def _from_adapter(args: Arguments, path: str, head: str) -> LoadedModel:
 
 
 def _continue(args: Arguments, name: str, path: str, head: str) -> LoadedModel:
-    """Return the adapter on its base, trainable; DPO and KTO then keep a frozen copy of it as the reference."""
+    """Return the adapter on its base, trainable; DPO and KTO keep a frozen copy of it as the reference."""
     base, _ = load_base(
         find_base(path),
         head,
@@ -176,6 +179,14 @@ def _continue(args: Arguments, name: str, path: str, head: str) -> LoadedModel:
     notes = [f"continuing the {name} adapter {path} on {base.name_or_path}"]
     notes += adapters.apply_defaults(args, name, base)
     model = load_adapter(base, path, trainable=True)
+    early = vars(args.train).get("precompute_ref_log_probs")
+    if early and (name == "qlora" or any(key.endswith(".default") for key, _ in model.named_parameters())):
+        raise InputError(
+            f"the reference cannot be computed beforehand when a {name} adapter goes on",
+            where="--precompute_ref_log_probs",
+            why="TRL computes it before its copy of the adapter is exact (see warmstart.ready)",
+            fix="--precompute_ref_log_probs false",
+        )
     kind = model.peft_config["default"].peft_type.value
     if kind != adapters.family(name):
         notes.append(f"{name} saves its virtual tokens without their encoder: they go on as {kind.lower()}")
@@ -183,7 +194,7 @@ def _continue(args: Arguments, name: str, path: str, head: str) -> LoadedModel:
 
 
 def _merged(args: Arguments, name: str, path: str, head: str) -> LoadedModel:
-    """Return the base with the adapter merged into it in memory, in 16 or 32 bits, then quantised when asked."""
+    """Return the base with the adapter merged into it in memory, quantised afterwards when asked."""
     dtype, quantization = _dtype(args, name), adapters.quantization(args, name)
     options = _options(args) | {"revision": "main"}
     model, new = merge_in_memory(path, dtype, options), []
@@ -210,7 +221,7 @@ def _merged(args: Arguments, name: str, path: str, head: str) -> LoadedModel:
 
 
 def save_base(loaded: LoadedModel, output_dir: str | Path) -> None:
-    """Write the merged base next to the adapter that was trained on it; call it on one process, before training."""
+    """Write the merged base next to its new adapter; call it on one process, before training."""
     target = Path(output_dir) / "base_model"
     if loaded.merged_from and not target.exists():
         merge(loaded.merged_from, target, say=lambda text: None)

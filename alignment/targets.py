@@ -1,4 +1,4 @@
-"""What in a model an adapter acts on, read from the model itself: its linear layers, its head, its token rows."""
+"""What in a model an adapter acts on, read from the model: its linear layers, head and token rows."""
 
 import re
 
@@ -49,7 +49,7 @@ def attention_and_feedforward(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def _pattern(places: set[tuple[str, str]]) -> str:
-    """Return one regular expression for a set of (container, pattern) places; it matches nothing when empty."""
+    """Return one regular expression for a set of places; it matches nothing when there are none."""
     alternatives = sorted(rf"{re.escape(container)}\.\d+\.{rest}" for container, rest in places)
     return f"({'|'.join(alternatives)})" if alternatives else r"(?!)"
 
@@ -81,8 +81,9 @@ def untrained_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """Return the control tokens whose embedding rows were never trained.
 
     A row counts as untrained when its norm is below a hundredth of the median row's, or when another special
-    or reserved token has practically the same row (distance below a thousandth of the median norm): gradients would
-    have moved two used tokens apart. LoRA alone never changes these rows, so the model cannot learn to stop.
+    or reserved token has practically the same row (distance below a thousandth of the median norm):
+    gradients would have moved two used tokens apart. LoRA alone never changes these rows, so the model
+    cannot learn to stop.
     """
     weight = model.get_input_embeddings().weight
     if weight.ndim != 2 or weight.is_meta:

@@ -1,4 +1,4 @@
-"""Merge a trained adapter into its base, so that the model can be used without PEFT, and measure that nothing was lost.
+"""Merge a trained adapter into its base and measure that nothing was lost; the result needs no PEFT.
 
     python recipes/merge.py outputs/sft --out outputs/sft-merged
     python recipes/merge.py outputs/dpo/checkpoint-200 --out merged

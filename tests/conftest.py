@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ.get("PLUMBLINE_REAL_DATA", ROOT.parent / "shared" / "data"))
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 SENTENCES = [
@@ -34,6 +36,18 @@ SENTENCES = [
     "You are a helpful assistant. Answer the question and stop.",
     "A quick brown fox jumps over the lazy dog near the old mill.",
 ]
+
+
+# Deprecations are errors (setup.cfg), save those that the pinned libraries raise against each other.
+NOT_OURS = (
+    r"ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+)  # PEFT 0.21 asks transformers 5.23
+
+
+def pytest_configure(config):
+    """Add the warnings that no code of ours can avoid."""
+    for line in NOT_OURS:
+        config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -81,7 +95,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
-    """The folder of a saved toy: a random Llama of 2 layers, hidden size 64, untied head, with its tokenizer."""
+    """The folder of a saved toy: a random Llama of 2 layers, width 64, untied head, with its tokenizer."""
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -89,7 +103,8 @@ def toy(tmp_path_factory) -> Path:
     tokenizer = toy_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
@@ -104,7 +119,7 @@ def toy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_bert(tmp_path_factory) -> Path:
-    """The folder of a saved toy encoder: a random BERT of 2 layers, hidden size 64, with the same tokenizer."""
+    """The folder of a saved toy encoder: a random BERT of 2 layers, width 64, with the same tokenizer."""
     import torch
     from transformers import BertConfig, BertForMaskedLM
 
@@ -112,7 +127,8 @@ def toy_bert(tmp_path_factory) -> Path:
     tokenizer = toy_tokenizer()
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4,
         max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
