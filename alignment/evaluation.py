@@ -125,7 +125,8 @@ def show_all(results: Mapping[str, Result], args: Namespace) -> None:
         return
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     rows = len(next(iter(results.values())).rows)
-    console.print(results_table(results, title=f"{args.data}: {rows:,} rows, value ± standard error"))
+    console.print(f"[bold]{args.data}, {rows:,} rows[/bold]: mean ± its standard error, shares in per cent")
+    console.print(results_table(results))
     for file in args.files.values():
         console.print(f"written: {file}", soft_wrap=True)
     if len(results) > 1:

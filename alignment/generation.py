@@ -124,8 +124,7 @@ def generate_answers(
     bar = tqdm(total=len(mine), desc=label, unit="row", disable=None if state.is_main_process else True)
     with bar, torch.inference_mode(), only_config(model, decoding, tokenizer, encoder.stops):
         made = 0
-        for start in range(0, len(mine), batch_size):
-            rows = mine[start : start + batch_size]
+        for rows in batches(mine, ids, batch_size, equal=has_virtual_tokens(model)):
             new = generate_batch(model, tokenizer.pad_token_id, [ids[i] for i in rows], rows, decoding)
             answers = [
                 read_answer(tokenizer, tokens, encoder.stops, len(ids[i]))
@@ -137,6 +136,26 @@ def generate_answers(
             bar.set_postfix_str(f"{made / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
     everyone = dict(gather_object(found))
     return [everyone[i] for i in range(len(ids))]
+
+
+def has_virtual_tokens(model: PreTrainedModel | PeftModel) -> bool:
+    """Say whether the model is a PEFT model that puts tokens of its own in front (prompt, p-tuning, prefix).
+
+    PEFT ignores position ids for these, so that padding on the left would move the prompt's positions.
+    """
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
+def batches(order: list[int], ids: list[list[int]], size: int, equal: bool) -> Iterator[list[int]]:
+    """Cut `order` into batches of at most `size` rows; with `equal`, of rows that need no padding."""
+    batch: list[int] = []
+    for row in order:
+        if batch and (len(batch) == size or (equal and len(ids[row]) != len(ids[batch[0]]))):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def check_room(ids: list[list[int]], model: PreTrainedModel | PeftModel, max_new_tokens: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from alignment.errors import InputError
@@ -209,12 +210,12 @@ def show(metric: Mapping[str, Any] | None) -> str:
     return f"{metric['value'] * scale:.1f}{error}"
 
 
-def results_table(results: Mapping[str, Result], title: str = "", widest: int = 4) -> Table:
+def results_table(results: Mapping[str, Result], widest: int = 4) -> Table:
     """Return the metrics of models on the same rows: a column per model, or beyond `widest` a row per model.
 
     Shares are in per cent; the number behind ± is the standard error.
     """
-    table = Table(title=title or None, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     names = list(dict.fromkeys(name for result in results.values() for name in result.metrics))
     if len(results) > widest:
         names = [name for name in names if "/" not in name][:4]
