@@ -58,6 +58,8 @@ def coerce(name: str, value: Any, hint: Any, where: str, choices: list | None = 
     for alternative in sorted((a for a in alternatives if a is not type(None)), key=specific):
         if one_word and plain(alternative) is list:
             continue  # "all-linear" is not ["all-linear"] where both are allowed
+        if alternative is bool and one_word and value.lower() not in ("true", "false"):
+            continue  # nor is the word "no" the value false
         done, result = read_as(name, value, alternative, where)
         if done:
             if choices and result is not None and result not in choices:

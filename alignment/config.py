@@ -35,7 +35,6 @@ RENAMED = {
     "dataset_config": "write it behind the hub id: data: org/name:config",
     "dataset_streaming": "it is called streaming here",
     "use_peft": "say which: peft: lora",
-    "qlora": "write peft: qlora",
 }
 # Since transformers 5.23 the left names are deprecated aliases; TRL still sets their defaults.
 ALIASES = {

@@ -72,9 +72,11 @@ def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None) -> Spli
     settle_bad_rows(tables, ledger, args.data.on_bad_row)
     own = [t for t in tables if t.part.role == "eval"]
     train, test = mix([t for t in tables if t not in own], ledger, seed, 0 if own else test_size, notes)
-    size = 0 if args.data.eval_data else test_size
-    for index, table in enumerate(own):
-        test += take(table, ledger, seed + index, int(size) if size > 1 else None)
+    sizes = [len(t.rows) for t in own]
+    if 1 <= test_size < sum(sizes) and not args.data.eval_data:
+        sizes = share(int(test_size), sizes)
+    for index, (table, size) in enumerate(zip(own, sizes, strict=True)):
+        test += take(table, ledger, [seed, index, 2], size)
     ledger.check()
     note_twins(train, test, kind, notes)
     return Splits(build(train), build(test) if test else None, ledger, notes)
@@ -88,11 +90,8 @@ def streamed(
     Without rows of their own to evaluate on, the first `test_size` rows are set aside; a share of a stream of
     unknown length cannot be.
     """
-    ledger, notes, policy = (
-        Ledger(),
-        ["rows are read while training: the ledger grows as they come"],
-        args.data.on_bad_row,
-    )
+    ledger, policy = Ledger(), args.data.on_bad_row
+    notes = ["rows are read while training: the ledger grows as they come"]
     train = open_streams([p for p in parts if p.role == "train"], kind, to_row, policy, ledger, notes)
     own = open_streams([p for p in parts if p.role == "eval"], kind, to_row, policy, ledger, notes)
     if not own and 0 < test_size < 1:
@@ -107,7 +106,7 @@ def streamed(
         for stream, n in zip(train, share(int(test_size), [1] * len(train)), strict=True):
             stream.aside = n
     for stream in own:
-        stream.aside = int(test_size) if test_size > 1 and not args.data.eval_data else sys.maxsize
+        stream.aside = int(test_size) if test_size >= 1 and not args.data.eval_data else sys.maxsize
     test = [row for stream in (own or train) for row in stream.rows("test")]
     return Splits(train_stream(train, seed), build(test) if test else None, ledger, notes)
 
@@ -261,9 +260,9 @@ def repeated(rows: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
         yield from rng.permutation(rows)
 
 
-def take(table: Rows, ledger: Ledger, seed: int, limit: int | None) -> list[dict]:
+def take(table: Rows, ledger: Ledger, seed: list[int], limit: int) -> list[dict]:
     """Return the rows of a source for evaluation, at most `limit` of them (a seeded sample, in order)."""
-    order = np.random.default_rng([seed, 2]).permutation(len(table.rows))[:limit]
+    order = np.random.default_rng(seed).permutation(len(table.rows))[:limit]
     held = [table.rows[i] for i in np.sort(order)]
     book(ledger, table, [], held, repeats=0)
     return [row for group in held for row in group]

@@ -346,13 +346,9 @@ def core_columns(kind: str) -> set[str]:
 def unknown_columns(columns: list[str], kind: str, where: str) -> InputError:
     """Build the error for columns that fit no format: what there is, the nearest name, the fix."""
     wanted = [*CORE[kind], *(CONVERSATIONS if kind != "preference" else ()), *PROMPTS]
-    near = [(c, nearest(c, wanted)) for c in columns]
-    close = [f"{theirs}: {ours}" for theirs, ours in near if ours and theirs != ours]
-    fix = (
-        f"rename in a data/*.yaml: columns: {{{close[0]}}}"
-        if close
-        else "rename in a data/*.yaml: columns: {theirs: ours}"
-    )
+    close = {ours: theirs for theirs in columns if theirs not in wanted and (ours := nearest(theirs, wanted))}
+    names = ", ".join(f"{theirs}: {ours}" for ours, theirs in close.items() if ours not in columns)
+    fix = f"rename in a data/*.yaml: columns: {{{names or 'theirs: ours'}}}"
     return InputError(
         f"the columns ({', '.join(columns)}) are of no format that is known",
         where=where,

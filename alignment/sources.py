@@ -190,12 +190,9 @@ def choose(parts: list[Part], split: str, purpose: str, where: str) -> list[Part
             fix=f"…@{(train or names)[0]}",
         )
     same = train[0][len("train") :]  # train_sft goes with test_sft, not with test_gen
-    held_out = [n for n in held_out if n.endswith(same)] if same else held_out
-    return [
-        replace(p, role="train" if p.split == train[0] else "eval")
-        for p in parts
-        if p.split in (train[0], *held_out[:1])
-    ]
+    evaluate = next((n for n in held_out if n.endswith(same)), None)
+    chosen = [replace(p, role="train") for p in parts if p.split == train[0]]
+    return chosen + [replace(p, role="eval") for p in parts if p.split == evaluate]
 
 
 def hub_parts(spec: str, split: str, purpose: str, streaming: bool) -> list[Part]:

@@ -5,6 +5,7 @@ from typing import Any
 
 ROLE_NAMES = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
