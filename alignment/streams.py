@@ -56,7 +56,7 @@ class Stream:
     aside: int = 0
 
     def rows(self, split: str) -> Iterator[dict]:
-        """Yield the finished rows of "train" or "test" and book them; a bad row stops the run or is dropped."""
+        """Yield and book the finished rows of "train" or "test"; a bad row stops the run or is dropped."""
         part, name = self.part, self.part.name
         end = part.rows + self.aside if part.rows else None
         first, last = (0, self.aside) if split == "test" else (self.aside, end)
