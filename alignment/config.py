@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from alignment.coerce import accepts, coerce
 from alignment.errors import InputError, nearest
-from alignment.files import locate, read_yaml
+from alignment.files import locate, read_yaml, roots
 
 # Names that older tutorials use. The sentence says what took their place.
 RENAMED = {
@@ -154,6 +154,8 @@ def parse(train_class: type, defaults: dict, argv: list[str] | None = None, also
     if wants_help:
         print_help(recipe, known, groups, values, everything=wants_help == "--help_all")
         raise SystemExit(0)
+    for name in ("model_name_or_path", "chat_template_path"):
+        values |= {name: beside_recipe(values[name])} if values.get(name) else {}
     fill_aliases(values, sources, known)
     fit_hardware(values, sources)
     built = {cls: build(cls, {n: v for n, v in values.items() if known[n][0] is cls}) for cls in groups}
@@ -212,6 +214,12 @@ def fill_aliases(values: dict, sources: dict, known: dict) -> None:
                 values[new] = known[old][1].default
             if new in values:
                 values[old], sources[old] = values[new], sources[new]
+
+
+def beside_recipe(path: str) -> str:
+    """Return a local path that works from any directory; a hub id, or what is not there, unchanged."""
+    found = next((root / path for root in roots() if (root / path).exists()), None)
+    return path if found is None or Path(path).exists() else str(found)
 
 
 def fit_hardware(values: dict, sources: dict) -> None:

@@ -46,13 +46,14 @@ class Splits:
     notes: list[str]
 
 
-def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None) -> Splits:
+def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None, alternate: bool = False) -> Splits:
     """Read `args.data.data` into a training and a test set.
 
     Args:
         args: `data.data`, `data.eval_data`, `data.test_size`, … and the seed in `train`.
         kind: "sft", "preference", "unpaired_preference" or "prompt".
         to_row: the recipe's own function from a converted row to the row the trainer wants.
+        alternate: the chat template wants user and assistant to take turns; rows that do not are bad rows.
 
     Raises:
         InputError: nothing to train on, a file or row that cannot be used (unless `on_bad_row` is "drop").
@@ -62,13 +63,13 @@ def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None) -> Spli
     parts = [p for plan in plans for p in plan.parts if p.role == "train" or test_size or args.data.eval_data]
     name_apart(parts)
     if args.data.streaming:
-        return streamed(args, parts, kind, to_row, seed, test_size)
+        return streamed(args, parts, kind, to_row, (seed, test_size), alternate)
     notes: list[str] = []
     ledger = Ledger()
     tables = [read_part(part, kind, to_row, notes) for part in parts]
     harmonise(tables, notes)
     for table in tables:
-        check_rows(table, kind, to_row, notes)
+        check_rows(table, kind, to_row, notes, alternate)
     settle_bad_rows(tables, ledger, args.data.on_bad_row)
     own = [t for t in tables if t.part.role == "eval"]
     train, test = mix([t for t in tables if t not in own], ledger, seed, 0 if own else test_size, notes)
@@ -83,14 +84,19 @@ def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None) -> Spli
 
 
 def streamed(
-    args: Arguments, parts: list[Part], kind: str, to_row: ToRow | None, seed: int, test_size: float
+    args: Arguments,
+    parts: list[Part],
+    kind: str,
+    to_row: ToRow | None,
+    settled: tuple[int, float],
+    alternate: bool,
 ) -> Splits:
     """Return training rows that are read as they are needed, and a test set of whole rows in memory.
 
     Without rows of their own to evaluate on, the first `test_size` rows are set aside; a share of a stream of
     unknown length cannot be.
     """
-    ledger, policy = Ledger(), args.data.on_bad_row
+    (seed, test_size), ledger, policy = settled, Ledger(), args.data.on_bad_row
     notes = ["rows are read while training: the ledger grows as they come"]
     train = open_streams([p for p in parts if p.role == "train"], kind, to_row, policy, ledger, notes)
     own = open_streams([p for p in parts if p.role == "eval"], kind, to_row, policy, ledger, notes)
@@ -105,6 +111,8 @@ def streamed(
     elif not own:
         for stream, n in zip(train, share(int(test_size), [1] * len(train)), strict=True):
             stream.aside = n
+    for stream in (*train, *own):
+        stream.alternate = alternate
     for stream in own:
         stream.aside = int(test_size) if test_size >= 1 and not args.data.eval_data else sys.maxsize
     test = [row for stream in (own or train) for row in stream.rows("test")]

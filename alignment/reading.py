@@ -144,13 +144,15 @@ def harmonise(tables: list[Rows], notes: list[str]) -> None:
             table.rows = [[to_chat(row)] for (row,) in table.rows]
 
 
-def check_rows(table: Rows, kind: str, to_row: ToRow | None, notes: list[str]) -> None:
+def check_rows(
+    table: Rows, kind: str, to_row: ToRow | None, notes: list[str], alternate: bool = False
+) -> None:
     """Validate every row, unpair, apply `to_row`; rows with problems move to `bad`."""
     if kind == "unpaired_preference" and kind_of(Path(table.part.where)) in (".csv", ".tsv"):
         read_labels(table, notes)
     good = []
     for (row,) in table.rows:
-        found, made = finish(row, kind, to_row, table.recognised, table.part.where)
+        found, made = finish(row, kind, to_row, table, alternate)
         if found:
             table.bad.append((row["row"], found[0]))
         else:
@@ -168,18 +170,18 @@ def read_labels(table: Rows, notes: list[str]) -> None:
 
 
 def finish(
-    row: dict, kind: str, to_row: ToRow | None, recognised: bool, where: str
+    row: dict, kind: str, to_row: ToRow | None, table: Rows, alternate: bool
 ) -> tuple[list[Problem], list[dict]]:
     """Return (what is wrong with a converted row, the one or two rows it becomes)."""
-    pair = kind == "unpaired_preference" and "chosen" in row
-    found = problems(row, "preference" if pair else kind) if recognised else []
+    pair = table.recognised and kind == "unpaired_preference" and "chosen" in row
+    found = problems(row, "preference" if pair else kind, alternate) if table.recognised else []
     if found:
         return found, []
     made = []
     for one in unpair(row) if pair else [row]:
-        out = one if to_row is None else apply(to_row, one, kind, where)
+        out = one if to_row is None else apply(to_row, one, kind, table.part.where)
         if out is not one:
-            found += problems(out, kind)
+            found += problems(out, kind, alternate)
         marks = {"source": row["source"], "row": row["row"]}
         made.append({k: v for k, v in out.items() if stays(k, v, one, kind, to_row)} | marks)
     return found, made

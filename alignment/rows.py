@@ -161,16 +161,12 @@ def check_text(column: str, value: Any) -> Iterator[Problem]:
 def check_messages(column: str, messages: Any, alternate: bool) -> Iterator[Problem]:
     """Check each turn, and the order of the turns where `alternate` asks for it."""
     if not isinstance(messages, list) or not messages:
-        what = (
-            "no value"
-            if messages is None
-            else "an empty list"
-            if messages == []
-            else f"a {type(messages).__name__}"
+        what = {type(None): "no value", list: "an empty list"}.get(
+            type(messages), f"a {type(messages).__name__}"
         )
-        yield Problem(
-            column, f"{what}, not a list of turns", "", "a list of {role, content}", f"{column}: no turns"
-        )
+        why = "chosen and rejected share no beginning, or nothing was asked" if column == "prompt" else ""
+        fix = "a list of {role, content}"
+        yield Problem(column, f"{what}, not a list of turns", why, fix, f"{column}: no turns")
         return
     for index, message in enumerate(messages):
         yield from check_turn(f"{column}[{index}]", message)

@@ -102,9 +102,11 @@ def find_local(spec: str, folder: Path | None = None) -> tuple[Path | None, str]
 
 def local_parts(path: Path, split: str, purpose: str) -> list[Part]:
     """Return the parts of a file or a folder; `split` picks one of a folder's splits."""
+    in_test = path.name.lower() == "test" or (path.is_file() and path.parent.name.lower() == "test")
     if path.is_file():
         name = path.name.split(".")[0]
-        return [file_part(path, name if split_of(path) or TEST.search(name) else "", path.name)]
+        named = name if split_of(path) or TEST.search(name) else ""
+        return [file_part(path, "test" if in_test else named, path.name)]
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         return choose(disk_parts(path), split, purpose, str(path))
     files = [
@@ -129,6 +131,8 @@ def local_parts(path: Path, split: str, purpose: str) -> list[Part]:
             why="it is not clear which are the rows",
             fix="name one file",
         )
+    if in_test:
+        return [replace(p, split="test") for p in parts]
     rest = [p for p in parts if p.split not in HELD_OUT]
     return choose(
         [replace(p, split="train") for p in rest] + [p for p in parts if p.split in HELD_OUT],
@@ -201,9 +205,13 @@ def hub_parts(spec: str, split: str, purpose: str, streaming: bool) -> list[Part
     name, config = match["id"], match["config"]
     if split:
         return [hub_part(name, config, split, streaming)]
-    from datasets import get_dataset_split_names
+    from datasets import config as settings
+    from datasets import get_dataset_split_names, load_dataset
 
-    names = ask_hub(lambda: get_dataset_split_names(name, config), name)
+    if settings.HF_HUB_OFFLINE:  # the list of splits is not in the cache, the set itself may be
+        names = list(ask_hub(lambda: load_dataset(name, config), name))
+    else:
+        names = ask_hub(lambda: get_dataset_split_names(name, config), name)
     return choose([hub_part(name, config, s, streaming) for s in names], "", purpose, name)
 
 

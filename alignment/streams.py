@@ -44,6 +44,7 @@ class Stream:
     Attributes:
         chat: other sources hold conversations, so text becomes turns here too.
         aside: so many of the first raw rows are not for training but for evaluation.
+        alternate: user and assistant must take turns.
     """
 
     part: Part
@@ -54,6 +55,7 @@ class Stream:
     ledger: Ledger
     chat: bool = False
     aside: int = 0
+    alternate: bool = False
 
     def rows(self, split: str) -> Iterator[dict]:
         """Yield and book the finished rows of "train" or "test"; a bad row stops the run or is dropped."""
@@ -82,7 +84,8 @@ class Stream:
         row = converted(rename(raw, self.part), self.form, self.kind, self.part)
         row = to_chat(row) if self.chat else row
         marked = row | {"source": self.part.name, "row": number}
-        return finish(marked, self.kind, self.to_row, self.form is not None, self.part.where)
+        table = Rows(self.part, recognised=self.form is not None)
+        return finish(marked, self.kind, self.to_row, table, self.alternate)
 
 
 def open_stream(

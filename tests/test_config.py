@@ -7,6 +7,7 @@ import subprocess
 import sys
 import typing
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
@@ -195,6 +196,15 @@ def test_gradient_checkpointing_by_either_name_without_a_warning(tmp_path, argv,
         args = run([*config, *argv])
     assert args.train.gradient_checkpointing is args.train.activation_checkpointing is wanted
     assert args.sources["gradient_checkpointing"] == args.sources["activation_checkpointing"]
+
+
+def test_the_recipes_model_is_found_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = Path(__file__).resolve().parents[1]
+    assert run(["--model_name_or_path", "data/tiny"]).model.model_name_or_path == str(root / "data/tiny")
+    assert run(["--model_name_or_path", "org/name"]).model.model_name_or_path == "org/name"
+    (tmp_path / "data/tiny").mkdir(parents=True)
+    assert run(["--model_name_or_path", "data/tiny"]).model.model_name_or_path == "data/tiny"
 
 
 def test_extra_dataclasses_are_read_too():

@@ -222,6 +222,25 @@ def test_a_test_split_is_no_training_data_unless_told_so(tmp_path, name):
     assert len(load_rows(str(path), "sft")) == 4
 
 
+def test_a_folder_called_test_is_no_training_data(tmp_path):
+    write(tmp_path / "test/part.jsonl", [chat(1)])
+    for path in (tmp_path / "test", tmp_path / "test/part.jsonl"):
+        with pytest.raises(InputError, match="is called test"):
+            load_splits(arguments(path), "sft")
+        assert len(load_rows(str(path), "sft")) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_turns_that_do_not_alternate_are_bad_rows_where_the_template_says_so(tmp_path, streaming):
+    twice = {"messages": [{"role": "user", "content": "q"}, *chat(1)["messages"]]}
+    path = write(tmp_path / "a.jsonl", [chat(0), twice])
+    options = {"test_size": 0, "on_bad_row": "drop", "streaming": streaming}
+    assert len(list(load_splits(arguments(path, **options), "sft").train)) == 2
+    splits = load_splits(arguments(path, **options), "sft", alternate=True)
+    assert places(splits.train) == [("a.jsonl", 1)]
+    assert splits.ledger.dropped_rows()[0]["cause"] == "two user turns in a row"
+
+
 @pytest.mark.parametrize("name", ["latest.jsonl", "contest.jsonl", "attestation.jsonl"])
 def test_a_name_that_only_contains_the_letters_is_fine(tmp_path, name):
     path = write(tmp_path / name, [chat(i) for i in range(4)])
@@ -477,6 +496,8 @@ def fake_hub(monkeypatch, splits):
     calls = []
 
     def load(name, config=None, split=None, streaming=False):
+        if split is None:
+            return splits
         calls.append((name, config, split, streaming))
         if split not in splits:
             raise ValueError(f"Unknown split {split!r}.")
