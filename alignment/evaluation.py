@@ -21,6 +21,7 @@ def make_parser(description: str, data: str) -> Parser:
     add("--limit", type=int, help="this many rows, drawn at random but the same for every model")
     add("--batch_size", type=int, default=64, help="rows at a time and process; changes the speed only [64]")
     add("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on a GPU, else float32")
+    add("--use_cpu", action="store_true", help="leave the GPU alone")
     add("--load_in_4bit", action="store_true", help="quantise the weights to NF4 while loading")
     add("--trust_remote_code", action="store_true", help="run code that comes with the model")
     return parser
@@ -94,13 +95,13 @@ def choose_rows(rows: list, limit: int | None) -> list:
 
 def load(path: str, args: Namespace) -> tuple:
     """Return (model on this process's device, tokenizer, name of its dtype)."""
-    from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
+    from alignment.generation import process_state
     from alignment.models import load_checkpoint
 
     disable_progress_bar()
-    device = PartialState().device
+    device = process_state(args.use_cpu).device
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     model, tokenizer = load_checkpoint(
         path, dtype, load_in_4bit=args.load_in_4bit, trust_remote_code=args.trust_remote_code
@@ -110,18 +111,19 @@ def load(path: str, args: Namespace) -> tuple:
 
 def keep(name: str, result: Result, args: Namespace) -> None:
     """Write the result of one model, on the main process."""
-    from accelerate import PartialState
+    from alignment.generation import process_state
 
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         write_result(result, args.files[name])
 
 
 def show_all(results: Mapping[str, Result], args: Namespace) -> None:
     """Print the table of all models, where their files are, and what to do next, on the main process."""
-    from accelerate import PartialState
     from rich.console import Console
 
-    if not PartialState().is_main_process:
+    from alignment.generation import process_state
+
+    if not process_state().is_main_process:
         return
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     rows = len(next(iter(results.values())).rows)

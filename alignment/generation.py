@@ -117,7 +117,7 @@ def generate_answers(
     encoder = ChatEncoder(tokenizer, model.generation_config)
     ids = [encoder.encode_text(p) if isinstance(p, str) else encoder.encode_prompt(p) for p in prompts]
     check_room(ids, model, decoding.max_new_tokens)
-    state = PartialState()
+    state = process_state()
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     mine = order[state.process_index :: state.num_processes]
     found: list[tuple[int, Answer]] = []
@@ -136,6 +136,15 @@ def generate_answers(
             bar.set_postfix_str(f"{made / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
     everyone = dict(gather_object(found))
     return [everyone[i] for i in range(len(ids))]
+
+
+def process_state(use_cpu: bool = False) -> PartialState:
+    """Return this process's rank and device; the first call of a process decides.
+
+    Accelerate has to be told of the CPU: a bare `PartialState()` in two processes without a GPU makes
+    two worlds of one process, and each would do all the rows.
+    """
+    return PartialState(cpu=use_cpu or not torch.accelerator.is_available())
 
 
 def has_virtual_tokens(model: PreTrainedModel | PeftModel) -> bool:

@@ -196,13 +196,9 @@ def rows_file(tmp_path_factory, prompts):
     return path
 
 
-def launch(*words, processes: int = 0):
-    start = [sys.executable]
-    if processes:
-        start += ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+def launch(*words, start=()):
     return subprocess.run(
-        [*start, "eval/generate.py", *map(str, words)],
+        [sys.executable, *map(str, start or ["eval/generate.py"]), *map(str, words)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -240,9 +236,18 @@ def test_the_script_writes_what_compare_needs(script_run, model_and_tokenizer, p
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(script_run, toy, rows_file, tmp_path):
     folder, _ = script_run
+    script = tmp_path / "counted.py"
+    script.write_text(
+        "import pathlib, runpy\nrunpy.run_path('eval/generate.py', run_name='__main__')\n"
+        "from accelerate import PartialState\nstate = PartialState()\n"
+        f"pathlib.Path({str(tmp_path)!r}, f'rank{{state.process_index}}of{{state.num_processes}}').touch()\n"
+    )
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    start = ["-m", "accelerate.commands.launch", "--config_file", config, script]
     words = ["--data", rows_file, "--max_new_tokens", 12, "--output", tmp_path / "two.json"]
-    done = launch("--model", toy, *words, processes=2)
+    done = launch("--model", toy, *words, start=start)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rank0of2").exists() and (tmp_path / "rank1of2").exists()
     one, two = read_result(folder / "first.json"), read_result(tmp_path / "two.json")
     assert one.rows == two.rows and one.metrics == two.metrics
     assert done.stdout.count("written:") == 1
