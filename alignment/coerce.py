@@ -1,6 +1,7 @@
 """Check a written value against a field's annotation: the same rules for a flag, a YAML file and DEFAULTS."""
 
 import json
+import math
 import types
 import typing
 from enum import Enum
@@ -169,7 +170,7 @@ def read_number(value: Any, kind: type) -> tuple[bool, Any]:
     except ValueError:
         return False, value
     if kind is float:
-        return True, number
+        return not math.isnan(number), number
     if not number.is_integer():
         return False, value
     exact = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit())

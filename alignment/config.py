@@ -6,8 +6,10 @@ came from. A key that nobody knows is an error that names the nearest known key.
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
+import textwrap
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -324,11 +326,21 @@ def print_help(recipe: str, known: dict, groups: dict, values: dict, everything:
             if default is dataclasses.MISSING:
                 default = fld.default_factory()
             text = str(fld.metadata.get("help", "")).replace("%%", "%")
-            print(f"  --{name} {'*' if name in values else ''}[{default}]\n        {text}")
+            print(f"  --{name} {'*' if name in values else ''}[{as_written(default)}]")
+            print(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
     if not everything:
         print(
             "\nAll other options of transformers' TrainingArguments are accepted too: --help_all lists them."
         )
+
+
+def as_written(value: Any) -> str:
+    """Return a value as it would be written on the command line."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(as_written, value))
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def install_excepthook() -> None:

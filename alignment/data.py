@@ -59,12 +59,12 @@ def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None, alterna
         InputError: nothing to train on, a file or row that cannot be used (unless `on_bad_row` is "drop").
     """
     plans = gather(args)
-    seed, test_size = settle(args, plans)
+    notes: list[str] = []
+    seed, test_size = settle(args, plans, notes)
     parts = [p for plan in plans for p in plan.parts if p.role == "train" or test_size or args.data.eval_data]
     name_apart(parts)
     if args.data.streaming:
-        return streamed(args, parts, kind, to_row, (seed, test_size), alternate)
-    notes: list[str] = []
+        return streamed(args, parts, Wanted(kind, to_row, alternate, seed, test_size), notes)
     ledger = Ledger()
     tables = [read_part(part, kind, to_row, notes) for part in parts]
     harmonise(tables, notes)
@@ -83,40 +83,46 @@ def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None, alterna
     return Splits(build(train), build(test) if test else None, ledger, notes)
 
 
-def streamed(
-    args: Arguments,
-    parts: list[Part],
-    kind: str,
-    to_row: ToRow | None,
-    settled: tuple[int, float],
-    alternate: bool,
-) -> Splits:
+@dataclass
+class Wanted:
+    """What is to become of a stream's rows: see `load_splits`; `seed` and `test_size` are settled."""
+
+    kind: str
+    to_row: ToRow | None
+    alternate: bool
+    seed: int
+    test_size: float
+
+
+def streamed(args: Arguments, parts: list[Part], want: Wanted, notes: list[str]) -> Splits:
     """Return training rows that are read as they are needed, and a test set of whole rows in memory.
 
     Without rows of their own to evaluate on, the first `test_size` rows are set aside; a share of a stream of
     unknown length cannot be.
     """
-    (seed, test_size), ledger, policy = settled, Ledger(), args.data.on_bad_row
-    notes = ["rows are read while training: the ledger grows as they come"]
-    train = open_streams([p for p in parts if p.role == "train"], kind, to_row, policy, ledger, notes)
-    own = open_streams([p for p in parts if p.role == "eval"], kind, to_row, policy, ledger, notes)
-    if not own and 0 < test_size < 1:
+    ledger, policy, size = Ledger(), args.data.on_bad_row, want.test_size
+    notes.append("rows are read while training: the ledger grows as they come")
+    train = open_streams(
+        [p for p in parts if p.role == "train"], want.kind, want.to_row, policy, ledger, notes
+    )
+    own = open_streams([p for p in parts if p.role == "eval"], want.kind, want.to_row, policy, ledger, notes)
+    if not own and 0 < size < 1:
         if written(args, "test_size"):
             raise InputError(
-                f"test_size {test_size:g} is a share, and nobody knows how long a stream is",
+                f"test_size {size:g} is a share, and nobody knows how long a stream is",
                 where="--test_size",
                 fix="a number of rows, 0, or --eval_data",
             )
         notes.append("no rows are held out of a stream: --test_size 500 sets the first 500 aside")
     elif not own:
-        for stream, n in zip(train, share(int(test_size), [1] * len(train)), strict=True):
+        for stream, n in zip(train, share(int(size), [1] * len(train)), strict=True):
             stream.aside = n
     for stream in (*train, *own):
-        stream.alternate = alternate
+        stream.alternate = want.alternate
     for stream in own:
-        stream.aside = int(test_size) if test_size >= 1 and not args.data.eval_data else sys.maxsize
+        stream.aside = int(size) if size >= 1 and not args.data.eval_data else sys.maxsize
     test = [row for stream in (own or train) for row in stream.rows("test")]
-    return Splits(train_stream(train, seed), build(test) if test else None, ledger, notes)
+    return Splits(train_stream(train, want.seed), build(test) if test else None, ledger, notes)
 
 
 def load_rows(spec: str, kind: str) -> Dataset:
@@ -161,15 +167,17 @@ def gather(args: Arguments) -> list[Plan]:
     return plans
 
 
-def settle(args: Arguments, plans: list[Plan]) -> tuple[int, float]:
+def settle(args: Arguments, plans: list[Plan], notes: list[str]) -> tuple[int, float]:
     """Return the seed and the test size: the user's word, a declaration's, the default."""
     train = args.train
     seed, test_size = train.seed if train.data_seed is None else train.data_seed, args.data.test_size
     for plan in plans:
         if plan.seed is not None and not written(args, "seed") and not written(args, "data_seed"):
             seed = plan.seed
+            notes.append(f"rows are sampled with the declaration's seed {seed}")
         if plan.test_size is not None and not written(args, "test_size"):
             test_size = plan.test_size
+            notes.append(f"rows are held out by the declaration's test_size {test_size:g}")
     return seed, test_size
 
 

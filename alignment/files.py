@@ -153,11 +153,14 @@ def read_file(path: Path) -> Iterator[tuple[int, dict]]:
 
 def read_plain(path: Path, kind: str) -> Iterator[tuple[int, dict]]:
     """Yield the rows of a file of text; JSON lines are read as they come, the other kinds at once."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        if kind == ".jsonl":
-            yield from read_jsonl(file, path)
-            return
-        text = decode(file.read(), path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            if kind == ".jsonl":
+                yield from read_jsonl(file, path)
+                return
+            text = decode(file.read(), path)
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path.name} cannot be read", where=str(path), why=str(error)) from error
     if kind in (".csv", ".tsv"):
         yield from read_csv(text, path, "\t" if kind == ".tsv" else ",")
     else:

@@ -1,7 +1,7 @@
 """Rows that are read while training, for data that do not fit in memory: the same formats, checks and counts.
 
-The ledger grows while rows are drawn and adds up at any moment; a second epoch counts its rows again. In a
-run of several processes the first one reads and hands out (accelerate's default for such data sets).
+The ledger grows while rows are drawn and adds up at any moment; a row is booked when it is drawn for the
+first time. In a run of several processes the first one reads and hands out (accelerate's default here).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Stream:
         chat: other sources hold conversations, so text becomes turns here too.
         aside: so many of the first raw rows are not for training but for evaluation.
         alternate: user and assistant must take turns.
+        seen: the highest row number drawn so far; later epochs and looks ahead book nothing twice.
     """
 
     part: Part
@@ -56,26 +57,31 @@ class Stream:
     chat: bool = False
     aside: int = 0
     alternate: bool = False
+    seen: int = 0
 
     def rows(self, split: str) -> Iterator[dict]:
         """Yield and book the finished rows of "train" or "test"; a bad row stops the run or is dropped."""
-        part, name = self.part, self.part.name
+        part = self.part
         end = part.rows + self.aside if part.rows else None
         first, last = (0, self.aside) if split == "test" else (self.aside, end)
         for number, raw in itertools.islice(part.read(), first, last):
-            self.ledger.read(name, 1)
             found, made = self.finish(number, raw)
-            if found:
-                if self.policy != "drop":
-                    raise bad_rows_error(
-                        [(part, number, found[0])], self.ledger.account(name).read, droppable=True
-                    )
-                self.ledger.drop(name, None, found[0].cause, rows=[number])
-                continue
+            if found and self.policy != "drop":
+                raise bad_rows_error([(part, number, found[0])], number, droppable=True)
+            if number > self.seen:
+                self.seen = number
+                self.book(split, number, found, made)
+            yield from [] if found else made
+
+    def book(self, split: str, number: int, found: list[Problem], made: list[dict]) -> None:
+        """Book one raw row: as dropped, or as the one or two rows it became."""
+        name = self.part.name
+        self.ledger.read(name, 1)
+        if found:
+            self.ledger.drop(name, None, found[0].cause, rows=[number])
+        else:
             self.ledger.repeat(name, len(made) - 1)
-            for row in made:
-                self.ledger.keep(name, split, 1)
-                yield row
+            self.ledger.keep(name, split, len(made))
 
     def finish(self, number: int, raw: dict) -> tuple[list[Problem], list[dict]]:
         """Return (problems, the one or two rows) of one raw row."""

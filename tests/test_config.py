@@ -125,6 +125,7 @@ def test_wrong_encoding_of_a_config_names_the_line(tmp_path):
         (["stray"], "'stray' belongs to no option"),
         (["--beta"], "expected one argument"),
         (["--beta", "x"], "beta is 'x'"),
+        (["--beta", "nan"], "beta is 'nan'"),
         (["--config", "a.yaml", "--config=b.yaml"], "more than once"),
         (["--peft_args", "{'r': 1}"], "no valid JSON"),
         (["--load_in_4bit", "--load_in_8bit"], "ModelConfig refuses"),

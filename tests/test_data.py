@@ -107,6 +107,7 @@ def test_a_broken_line_in_the_middle_has_its_number(tmp_path):
         ("a.csv", b"a,a\n1,2\n", "'a' twice"),
         ("a.csv", b"instruction,output\nq,a\nq,a,more\n", "3 cells where the header has 2"),
         ("a.parquet", b"PAR1 nonsense", "cannot be read"),
+        ("a.jsonl.gz", b"no gzip", "Not a gzipped file"),
         ("a.xlsx", b"x", "no kind that can be read"),
         ("a.jsonl", b'{"promt": "q", "completion": "a"}\n', "promt: prompt"),
     ],
@@ -559,7 +560,11 @@ def test_a_stream_sets_its_first_rows_aside(tmp_path):
     train = places(splits.train)
     assert sorted(places(splits.test)) == [(f"{n}.jsonl", i) for n in "ab" for i in range(1, 5)]
     assert len(train) == 72 and not set(train) & set(places(splits.test))
+    before = splits.ledger.to_dict()
     assert train == places(splits.train), "the second epoch has another order of the same rows"
+    assert splits.ledger.to_dict() == before, "the second epoch was booked again"
+    notes = load_splits(arguments(declaration, streaming=True), "sft").notes
+    assert any("--test_size 500 sets the first 500 aside" in note for note in notes)
     with pytest.raises(InputError, match="nobody knows how long a stream is"):
         load_splits(
             arguments(declaration, test_size=0.1, streaming=True, sources={"test_size": "flag"}), "sft"
