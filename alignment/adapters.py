@@ -10,6 +10,7 @@ import peft
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_fsdp_enabled
 
 from alignment import targets
 from alignment.errors import InputError
@@ -78,7 +79,9 @@ def quantization(args: Arguments, name: str) -> BitsAndBytesConfig | None:
     if name != "qlora" and not model.load_in_4bit:
         return None
     nested = model.use_bnb_nested_quant if explicit(args, "use_bnb_nested_quant") else True
-    return nf4(model.bnb_4bit_quant_type, nested, model.bnb_4bit_quant_storage)
+    # FSDP divides 4-bit numbers only when they are stored in the type of the other weights
+    storage = model.bnb_4bit_quant_storage or ("bfloat16" if is_fsdp_enabled() else None)
+    return nf4(model.bnb_4bit_quant_type, nested, storage)
 
 
 def nf4(kind: str = "nf4", nested: bool = True, storage: str | None = None) -> BitsAndBytesConfig:

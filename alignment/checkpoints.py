@@ -1,10 +1,12 @@
 """Read a checkpoint whole, full weights or an adapter on its base, or say what is missing."""
 
+import contextlib
+import sys
 from pathlib import Path
 
 import peft
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -14,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -72,12 +75,12 @@ def read_config(path: str | Path, head: str, revision: str = "main", trust_remot
     """Return the configuration of a model; raises InputError when it cannot have this head."""
     try:
         config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
-    except ValueError as error:  # an unknown model_type, or code of its own that is not trusted
+    except (ValueError, OSError) as error:  # no such type, code that is not trusted, no such id on the hub
         raise InputError(
             f"the configuration of {path} cannot be used",
             where="--model_name_or_path",
             why=str(error).strip().split("\n")[0],
-            fix="a newer transformers, or --trust_remote_code true if it brings its own code and you trust it",
+            fix="a newer transformers, or --trust_remote_code true for code of its own that you trust",
         ) from error
     kind, names = config.model_type, config.architectures or []
     where = f"{path}, model_type {kind}"
@@ -143,18 +146,21 @@ def load_base(
     is_new_head = not any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if head == "sequence":
         config.num_labels = num_labels
-    place = {"": torch.cuda.current_device()} if quantization and torch.cuda.is_available() else None
     source = None if state_dict else str(path)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its load report is read below, not printed
     try:
-        model, report = _class_for(config, head, options).from_pretrained(
-            source, config=config, state_dict=state_dict, dtype=dtype, quantization_config=quantization,
-            device_map=place, use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+        with _quiet():
+            model, report = _class_for(config, head, options).from_pretrained(
+                source, config=config, state_dict=state_dict, dtype=dtype, quantization_config=quantization,
+                device_map=_place(quantization), use_safetensors=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
+    except SafetensorError as error:
+        raise InputError(
+            f"the weights in {path} are damaged",
+            where=str(path),
+            why=str(error),
+            fix="copy or download them again",
+        ) from error
     new = _check_report(model, report, path, new_head=head == "sequence" and is_new_head)
     model.config._name_or_path = model.name_or_path = str(path)
     if head == "sequence":
@@ -177,6 +183,30 @@ def _class_for(config: PretrainedConfig, head: str, options: dict):
         where="--model_name_or_path",
         fix="take a model whose family has one (Llama, Qwen, Gemma, BERT, …)",
     )
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep transformers' load report off the screen (we read it), and its progress bar out of log files."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _place(quantization: BitsAndBytesConfig | None) -> dict | None:
+    """Return where to put a model: quantising happens on the GPU, the trainer moves the rest."""
+    if not quantization or not torch.cuda.is_available():
+        return None
+    if is_fsdp_enabled() or is_deepspeed_zero3_enabled():  # these place the weights themselves
+        return None
+    return {"": torch.cuda.current_device()}
 
 
 def _check_report(model: PreTrainedModel, report: dict, path: str | Path, new_head: bool) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 # Bytes an optimizer keeps per trainable parameter, apart from the gradient.
 _STATE = (("8bit", 2), ("sgd", 0), ("adafactor", 0.1), ("lion", 4), ("adalomo", 0.1), ("galore", 2))
 _ADAM_STATE = 8
+TILE = 4096
 
 
 def parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -36,11 +37,12 @@ def memory_estimate(
         included.
     gradients: one number per trainable parameter, in its type.
     optimizer: two 32-bit numbers per trainable parameter for Adam, less for 8-bit, SGD, Adafactor.
-    activations: per layer and token 34 bytes × hidden size at 16 bits (Korthikanti et al. 2022, without
-        the attention
-        matrix, which flash and sdpa attention do not keep), double at 32 bits; with gradient
+    activations: per layer and token 34 bytes × hidden size at 16 bits (Korthikanti et al. 2022, without the
+        attention matrix, which flash and sdpa attention do not keep), double at 32 bits; with gradient
         checkpointing the input of each layer and one layer in full.
-    logits: three 32-bit copies of tokens × vocabulary (they, their softmax, the gradient).
+    logits: three 32-bit copies of tokens × vocabulary (they, their softmax, the gradient), for at most a
+        tile of
+        tokens: TRL multiplies with the head in tiles.
 
     Args:
         model: the model, with its adapter when there is one.
@@ -60,26 +62,17 @@ def memory_estimate(
     size = 1 if train_args.bf16 or train_args.fp16 or model.dtype.itemsize == 2 else 2
     layer = 34 * tokens * config.hidden_size * size
     layers = config.num_hidden_layers
-    kept = (
-        2 * tokens * config.hidden_size * size * layers + layer
-        if train_args.gradient_checkpointing
-        else layer * layers
-    )
+    inputs = 2 * tokens * config.hidden_size * size * layers
+    kept = inputs + layer if train_args.gradient_checkpointing else layer * layers
     found = {
         "weights": weights // shards,
         "gradients": gradients // shards,
         "optimizer": optimizer // shards,
         "activations": kept,
-        "logits": 3 * 4 * tokens * config.vocab_size
-        if hasattr(model, "lm_head") or _writes_text(model)
-        else 0,
+        "logits": 3 * 4 * min(tokens, TILE) * config.vocab_size if model.get_output_embeddings() else 0,
     }
     return found | {"total": sum(found.values())}
 
 
 def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
-
-
-def _writes_text(model: torch.nn.Module) -> bool:
-    return model.get_output_embeddings() is not None

@@ -124,6 +124,13 @@ def _with_new_adapter(
 ) -> LoadedModel:
     """Complete a loaded model: padding, values of the method, the configuration of its adapter."""
     check_vocabulary(loaded.model, loaded.tokenizer, args.model.model_name_or_path)
+    if name == "none" and "quantization_config" in vars(loaded.model.config):
+        raise InputError(
+            f"the weights in {args.model.model_name_or_path} are quantised: no full fine-tuning",
+            where="--peft none",
+            why="quantised weights are frozen: nothing would be trained",
+            fix="--peft qlora, or give the 16-bit model",
+        )
     set_padding(loaded.model, loaded.tokenizer)
     loaded.notes += adapters.apply_defaults(args, name, loaded.model)
     loaded.peft_config, notes = adapters.peft_config(args, name, loaded.model, loaded.tokenizer, head)

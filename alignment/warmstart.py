@@ -4,6 +4,7 @@ from pathlib import Path
 
 import peft
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -34,6 +35,9 @@ def ready(trainer: Trainer, loaded: LoadedModel) -> list[str]:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+    head = model.get_base_model().get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper) and head.original_module.bias is None:
+        head.bias = None  # TRL reads the head's weight and bias, PEFT hands on the weight only
     if "ref" in model.peft_config:
         _align_reference(model, rounded=bool(quantized))
     if config.peft_type == peft.PeftType.ADALORA:

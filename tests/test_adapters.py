@@ -142,7 +142,7 @@ def test_learning_rate_of_the_recipe_belongs_to_its_own_method(toy, tmp_path):
     assert rate("--peft", "lora") == adapters.default_learning_rate("lora", 64)
     assert rate("--model_name_or_path", toy) == adapters.default_learning_rate("none", 64)
     assert adapters.default_learning_rate("lora", 4096) < adapters.default_learning_rate("lora", 1024)
-    assert adapters.default_learning_rate("lora", 2000) == pytest.approx(2e-4)
+    assert adapters.default_learning_rate("lora", 2000) == pytest.approx(5e-4)
     assert adapters.default_learning_rate("lora", 2000, "dpo") < 2e-5
 
 

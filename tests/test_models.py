@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from test_adapters import adapted, arguments
+from test_adapters import adapted, arguments, untrained
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, T5Config
 from trl import (
     DPOConfig,
@@ -466,3 +466,61 @@ def test_classification_head_survives_saving(toy, tmp_path):
     torch.testing.assert_close(answer(model), answer(trainer.model))
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     torch.testing.assert_close(again.score.weight, model.score.weight)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+def test_untrained_stop_token_is_learnt_by_the_trainers(toy, tmp_path, recipe, tie):
+    folder, rows = untrained(toy, tmp_path / "base", tie)
+    trainer, _, losses = train(folder, tmp_path / "out", recipe, "--peft", "lora", steps=3)
+    head = trainer.model.get_base_model().get_output_embeddings()
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    moved = (head.weight - base.get_output_embeddings().weight).abs().sum(1).nonzero().flatten().tolist()
+    assert rows[1] in moved  # the stop token, which ends every answer
+    assert set(moved) <= set(rows)
+    model, _ = models.load_checkpoint(tmp_path / "out")
+    torch.testing.assert_close(answer(model), answer(trainer.model), atol=1e-4, rtol=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def test_weights_stored_in_4_bits(toy, tmp_path):
+    loaded = models.load_model(arguments(toy, tmp_path, "--peft", "qlora"))
+    loaded.model.save_pretrained(tmp_path / "four")
+    loaded.tokenizer.save_pretrained(tmp_path / "four")
+    model, _ = models.load_checkpoint(tmp_path / "four", torch.bfloat16)
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    torch.testing.assert_close(answer(model), answer(loaded.model), atol=0.05, rtol=0.05)
+    with pytest.raises(InputError, match="full fine-tuning"):
+        models.load_model(arguments(tmp_path / "four", tmp_path / "out"))
+    trainer, _, losses = train(tmp_path / "four", tmp_path / "out", "sft", "--peft", "lora")
+    assert math.isfinite(losses[0])
+    with pytest.raises(InputError, match="stored quantised"):
+        models.merge(tmp_path / "out", tmp_path / "merged")
+
+
+def test_damaged_weights(toy, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(toy, folder)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="damaged"):
+        models.load_checkpoint(folder)
+
+
+def test_vision_parts_of_a_model_are_left_alone(tmp_path, toy):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    folder = tmp_path / "gemma"
+    shutil.copytree(toy, folder)
+    Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=319)
+    ).save_pretrained(folder)
+    for name in ("lora", "ia3"):
+        _, model = adapted(arguments(folder, tmp_path, "--peft", name))
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        assert trained
+        assert not [n for n in trained if "vision" in n or "projector" in n]
