@@ -165,6 +165,7 @@ def load_base(
     model.config._name_or_path = model.name_or_path = str(path)
     if head == "sequence":
         _prepare_score(model)
+    _keep_unpacked(model)
     return model, new
 
 
@@ -225,6 +226,17 @@ def _check_report(model: PreTrainedModel, report: dict, path: str | Path, new_he
             fix="check that config.json belongs to these weights",
         )
     return sorted({key.removeprefix(backbone).rpartition(".")[0] for key in new})
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes 0.50 from repacking 4-bit weights for fast CPU arithmetic at the first evaluation.
+
+    Training goes on with the repacked weights and wrong gradients, in silence: an evaluation before the
+    first step cost 1.2 nats on the embedded model. Widths that are no multiple of 64 fail outright.
+    """
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _prepare_score(model: PreTrainedModel) -> None:

@@ -524,3 +524,23 @@ def test_vision_parts_of_a_model_are_left_alone(tmp_path, toy):
         trained = [n for n, p in model.named_parameters() if p.requires_grad]
         assert trained
         assert not [n for n in trained if "vision" in n or "projector" in n]
+
+
+def test_an_evaluation_does_not_change_what_a_quantised_base_learns(toy, tmp_path):
+    def gradient(evaluate_first):
+        torch.manual_seed(0)
+        _, model = adapted(
+            arguments(toy, tmp_path, "--peft", "qlora", "--peft_args", '{"lora_dropout": 0.0}')
+        )
+        if evaluate_first:
+            answer(model)
+        model.train()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    (loss, plain), (again, after) = gradient(False), gradient(True)
+    torch.testing.assert_close(again, loss)
+    assert plain.keys() == after.keys()
+    for name in plain:
+        torch.testing.assert_close(after[name], plain[name], msg=name)
