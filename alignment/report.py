@@ -23,7 +23,6 @@ TYPES = {
 # What a curve shows, best first; "eval_" curves join the panel of their training twin.
 PANELS = (
     "loss", "rewards/accuracies", "rewards/margins", "reward", "accuracy", "mean_token_accuracy", "kl",
-    "entropy",
 )  # fmt: skip
 NO_CURVE = {"epoch", "step", "total_flos", "train_loss"}
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -290,7 +289,7 @@ def draw_curves(
         title: over the picture.
         dark: for a page with a dark background.
     """
-    panels = dict(list(curve_series(log_history).items())[:4])
+    panels = dict(list(curve_series(log_history).items())[:3])
     if not panels:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -298,12 +297,11 @@ def draw_curves(
 
     ink, paper, grid = ("#d8dbe0", "#17191d", "#33373e") if dark else ("#33383f", "#ffffff", "#e4e7eb")
     colours = {"train": "#6ea8fe" if dark else "#2563c9", "held out": "#f0a35e" if dark else "#d9720f"}
-    columns = min(len(panels), 2)
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 2.9 * lines), dpi=144, facecolor=paper, layout="constrained")
+    columns = len(panels)
+    figure = Figure(figsize=(3.4 * max(columns, 2), 2.7), dpi=144, facecolor=paper, layout="constrained")
     FigureCanvasAgg(figure)
     for index, (name, series) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(lines, columns, index, facecolor=paper)
+        axes = figure.add_subplot(1, columns, index, facecolor=paper)
         for which, points in series.items():
             few = len(points) < 12
             axes.plot(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from alignment import page
 from alignment.errors import InputError
 from alignment.report import (
     Result,
@@ -184,3 +186,45 @@ def test_sparkline():
     assert sparkline([3, 3]) == "▁▁" and sparkline([]) == ""
     assert len(sparkline(list(range(1000)), width=40)) == 40
     assert sparkline([1.0, 3.0, 2.0, 2.0], width=2) == "▁▁"
+
+
+class Links(HTMLParser):
+    """Collects what a page would fetch, and the tags that are left open."""
+
+    void = {"meta", "img", "source", "line", "rect", "circle", "br"}
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "srcset") and not v.startswith("data:")]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_a_page_is_one_file_and_shows_text_as_text(tmp_path):
+    draw_curves(LOG, tmp_path / "c.png")
+    nasty = "<script>alert('&')</script>"
+    parts = [
+        page.paragraph(nasty),
+        page.bullets([nasty]),
+        page.code(nasty),
+        page.table([nasty, "n"], [[nasty, 1]]),
+        page.picture(tmp_path / "c.png", tmp_path / "c.png", nasty),
+        page.intervals([(nasty, 0.5, 0.4, 0.6), ("b", 0.0, 0.0, 1.0)]),
+        page.side_by_side(nasty, nasty, [(nasty, nasty, True), ("b", "", False)]),
+    ]
+    text = page.page(nasty, nasty, [(nasty, parts)], nasty)
+    links = Links()
+    links.feed(text)
+    assert links.fetched == [] and links.open == []
+    assert "<script" not in text and "url(" not in text and "@import" not in text
+    assert text.count("&lt;script&gt;") >= 14
+    assert "prefers-color-scheme: dark" in text
