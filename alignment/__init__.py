@@ -1,0 +1,1 @@
+"""Fine-tune and align Hugging Face models: the library behind the recipes."""

@@ -1,0 +1,171 @@
+"""Few wasted tokens: packed rows where packing is exact, and batches that are not padded to their longest row.
+
+TRL's preference trainers pad the 2n sequences of n pairs to the longest of them. Here the same batch runs as a few
+narrower ones (`narrow`), each padded to its own longest row, with the same result.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import ModelOutput
+
+PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+
+
+@dataclass
+class TokenCount:
+    """Tokens that went through the model: `real` ones of the rows, and `computed` ones with the padding."""
+
+    real: int = 0
+    computed: int = 0
+
+    def add(self, real: int, computed: int) -> None:
+        """Count one forward pass."""
+        self.real += real
+        self.computed += computed
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed tokens that is padding, between 0 and 1."""
+        return 1 - self.real / self.computed if self.computed else 0.0
+
+
+@dataclass
+class PackedCollator:
+    """Stacks packed rows, with positions that restart at each sequence and no attention mask.
+
+    Without a mask, attention in transformers keeps the sequences apart by their positions (sdpa, eager, flex), or by
+    the sequence lengths on flash attention, which wants all rows in one (`flatten`).
+
+    Returns:
+        input_ids, labels, position_ids: (rows, longest row), or (1, tokens) when flattened.
+    """
+
+    pad_token_id: int
+    flatten: bool = False
+    count: TokenCount = field(default_factory=TokenCount)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        lengths = [row.get("seq_lengths") or [len(row["input_ids"])] for row in rows]
+        ids = [list(row["input_ids"]) for row in rows]
+        labels = [list(row["labels"]) for row in rows]
+        positions = [[i for n in row for i in range(n)] for row in lengths]
+        if self.flatten:
+            ids, labels, positions = ([sum(x, [])] for x in (ids, labels, positions))
+        width = max(map(len, ids))
+        self.count.add(sum(map(len, ids)), width * len(ids))
+
+        def stack(values: list[list[int]], filler: int) -> torch.Tensor:
+            return torch.tensor([row + [filler] * (width - len(row)) for row in values])
+
+        labels = stack(labels, -100)
+        positions = stack(positions, 0)
+        # The first token of a sequence is predicted by the last one of its neighbour.
+        labels[positions == 0] = -100
+        return {"input_ids": stack(ids, self.pad_token_id), "labels": labels, "position_ids": positions}
+
+
+@torch.no_grad()
+def packing_error(model, length: int = 12) -> float:
+    """Return max |logit difference| of two sequences packed into one row and run apart, on this model as it is.
+
+    Exact packing gives rounding noise (7e-7 in float32 on sdpa); sequences that see each other give about 1.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    device = model.get_input_embeddings().weight.device
+    ids = torch.randint(0, vocabulary, (2, length), generator=generator).to(device)
+    positions = torch.arange(length, device=device).repeat(2)[None]
+    training = model.training
+    model.eval()
+    packed = model(input_ids=ids.view(1, -1), position_ids=positions, use_cache=False).logits[0]
+    apart = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
+    model.train(training)
+    return (packed.float() - apart.float()).abs().max().item()
+
+
+def packs_exactly(model) -> bool:
+    """Say whether packed rows give what separate rows give, by trying it (flash attention is taken at its word)."""
+    if "flash" in (model.config._attn_implementation or ""):
+        return True
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    return packing_error(model) <= tolerance
+
+
+@lru_cache(maxsize=64)
+def split_rows(lengths: tuple[int, ...], parts: int) -> list[int]:
+    """Return where to cut rows sorted by falling length into `parts` runs so that the padded area is smallest.
+
+    Args:
+        lengths: row lengths, longest first.
+        parts: how many runs, at most len(lengths).
+
+    Returns:
+        The end of each run. Exact, by dynamic programming over the cuts; policy and reference share one answer.
+    """
+    n = len(lengths)
+    area = [lengths[0] * end for end in range(n + 1)]  # of the first `end` rows in one run
+    cuts = [[end] for end in range(n + 1)]
+    for part in range(2, parts + 1):
+        options = {
+            end: min((area[cut] + lengths[cut] * (end - cut), cut) for cut in range(part - 1, end))
+            for end in range(part, n + 1)
+        }
+        cuts = [[*cuts[options[end][1]], end] if end in options else [] for end in range(n + 1)]
+        area = [options[end][0] if end in options else 0 for end in range(n + 1)]
+    return cuts[n]
+
+
+def narrow(forward: Callable, count: TokenCount, parts: int = 4) -> Callable:
+    """Wrap a model's forward so that a right-padded training batch runs as up to `parts` narrower batches.
+
+    The number of parts depends on the number of rows only, so that every rank of a sharded model makes the same
+    number of forward passes. Outputs come back in the order and with the padding of the batch. Calls that are not a
+    plain training batch (generation, packed rows, router losses) go through unchanged.
+    """
+
+    def run(*args, **inputs) -> ModelOutput:
+        mask = inputs.get("attention_mask")
+        plain = not args and inputs.get("use_cache") is False and inputs.get("input_ids") is not None
+        if not plain or mask is None or mask.dim() != 2 or inputs.get("output_router_logits"):
+            return forward(*args, **inputs)
+        sizes = mask.sum(1)
+        order = sizes.argsort(descending=True, stable=True)
+        lengths = sizes[order].tolist()
+        if lengths[-1] == 0 or len(lengths) == 1:
+            count.add(sum(lengths), mask.numel())
+            return forward(**inputs)
+        outputs, start = [], 0
+        for end in split_rows(tuple(lengths), min(parts, len(lengths))):
+            rows, width = order[start:end], lengths[start]
+            count.add(sum(lengths[start:end]), width * (end - start))
+            outputs.append(forward(**{k: _take(v, rows, width, mask.shape) for k, v in inputs.items()}))
+            start = end
+        return _join(outputs, order.argsort())
+
+    return run
+
+
+def _take(value: Any, rows: torch.Tensor, width: int, shape: torch.Size) -> Any:
+    """Return the rows of a batched tensor, cut to the width where it runs along the sequence."""
+    if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] != shape[0]:
+        return value
+    return value[rows, :width] if value.dim() > 1 and value.shape[1] == shape[1] else value[rows]
+
+
+def _join(outputs: list[ModelOutput], inverse: torch.Tensor) -> ModelOutput:
+    """Put the outputs of the narrower batches back into the rows, order and width of the whole one."""
+    first = outputs[0]
+    joined = {}
+    for key, value in first.items():
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue  # a loss averaged over one part says nothing about the batch; TRL's trainers do not read it
+        values = [output[key] for output in outputs]
+        if key in PER_TOKEN:
+            width = values[0].shape[1]  # parts run from the longest row to the shortest
+            values = [torch.nn.functional.pad(v, (0, width - v.shape[1])) for v in values]
+        joined[key] = torch.cat(values)[inverse]
+    return type(first)(**joined)

@@ -1,0 +1,251 @@
+"""Chat templates that are safe to train on: what a conversation becomes, and which of its tokens are trained.
+
+A conversation is rendered by the tokenizer's own template; the spans that are trained are found by rendering, for each
+assistant turn, the prompt that the model would be given at that turn. So training and generation see the same tokens,
+no `{% generation %}` marker is needed, and a template that rewrites history is noticed instead of being trained on.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from alignment.errors import InputError
+
+# Two private-use characters enclose the number of a control token that stood in somebody's text: the template
+# renders the placeholder, and the tokenizer later encodes the spelling as plain text.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_PLACEHOLDER = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
+
+@dataclass
+class Encoded:
+    """A conversation in tokens.
+
+    Attributes:
+        input_ids: token ids, shape (length,); they end with the last assistant turn.
+        mask: 1 where the token is an assistant's answer or the token that ends it, shape (length,).
+        turns: (start, end, stopped) of each trained turn, in tokens; `stopped` says whether its last token is one
+            that generation stops at.
+        skipped: assistant turns that the template renders otherwise once they are history, and so are not trained.
+        escaped: control tokens that stood in the content and were encoded as text.
+    """
+
+    input_ids: list[int]
+    mask: list[int]
+    turns: list[tuple[int, int, bool]]
+    skipped: int = 0
+    escaped: int = 0
+
+
+def special_tokens(tokenizer) -> list[str]:
+    """Return the spellings that the tokenizer turns into control tokens, longest first."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(found | set(tokenizer.all_special_tokens), key=len, reverse=True)
+
+
+def stop_ids(tokenizer, generation_config=None) -> set[int]:
+    """Return the ids at which generation stops: those of the generation config, else the tokenizer's eos token."""
+    eos = generation_config.eos_token_id if generation_config is not None else None
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+
+def load_template(tokenizer, path: str) -> None:
+    """Give the tokenizer the chat template of a jinja file.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(
+            f"there is no chat template at {path}",
+            where="--chat_template_path",
+            why="conversations are rendered with it",
+            fix="give the path of a .jinja file, for example data/chat_templates/plain.jinja",
+        )
+    tokenizer.chat_template = file.read_text(encoding="utf-8")
+
+
+class ChatEncoder:
+    """Encodes conversations and prompts with one tokenizer; made once per run.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        generation_config: names the tokens at which generation stops.
+        chat_template_kwargs: passed to every rendering (`{"enable_thinking": False}`).
+
+    Raises:
+        InputError: on first use, when there is no chat template or it refuses a conversation.
+    """
+
+    def __init__(self, tokenizer, generation_config=None, chat_template_kwargs: dict[str, Any] | None = None):
+        self.tokenizer = tokenizer
+        self.kwargs = chat_template_kwargs or {}
+        self.specials = special_tokens(tokenizer)
+        self.special_pattern = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
+        self.stops = stop_ids(tokenizer, generation_config)
+        self.stop_tokens = {tokenizer.convert_ids_to_tokens(i) for i in self.stops}
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], tools: list | None = None) -> Encoded:
+        """Encode a conversation, with every assistant turn and its stop token marked as trained."""
+        messages, escaped = self._escape(messages)
+        full = self._render(messages, tools)
+        spans, skipped = [], 0
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            span = self._turn(full, messages, index, tools)
+            if span is None:
+                skipped += 1
+            else:
+                spans.append(span)
+        encoded = self._encode_spans(full, spans)
+        encoded.skipped, encoded.escaped = skipped, escaped
+        return encoded
+
+    def encode_prompt(self, messages: Sequence[dict[str, Any]], tools: list | None = None) -> list[int]:
+        """Return the ids the model is given before it answers: history and the opening of the assistant's turn."""
+        messages, _ = self._escape(messages)
+        full = self._render(messages, tools, add_generation_prompt=True)
+        spans = [
+            self._turn(full, messages, i, tools) for i, m in enumerate(messages) if m["role"] == "assistant"
+        ]
+        return self._encode_spans(full, [span for span in spans if span], keep_rest=True).input_ids
+
+    def encode_text(self, text: str, *, bos: bool = True) -> list[int]:
+        """Return the ids of plain text with the tokenizer's own BOS (once), and without an EOS."""
+        ids = self.tokenizer(text, add_special_tokens=bos)["input_ids"]
+        bos_id, eos_id = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos_id is not None and ids[:2] == [bos_id, bos_id]:
+            ids = ids[1:]
+        if eos_id is not None and ids and ids[-1] == eos_id and not text.endswith(self.tokenizer.eos_token):
+            ids = ids[:-1]
+        return ids
+
+    def _render(
+        self, messages: Sequence[dict], tools: list | None, add_generation_prompt: bool = False
+    ) -> str:
+        if not self.tokenizer.chat_template:
+            raise InputError(
+                "the tokenizer has no chat template",
+                where=self.tokenizer.name_or_path,
+                why="without one there is no way to turn messages into tokens, nor to know where an answer ends",
+                fix="--chat_template_path data/chat_templates/plain.jinja (needs no new tokens), or start from an "
+                "instruction-tuned model",
+            )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.kwargs,
+            )
+        except TemplateError as error:
+            raise InputError(
+                f"the chat template refuses a conversation with the roles {[m['role'] for m in messages]}: {error}",
+                where=f"the chat template of {self.tokenizer.name_or_path}",
+                why="the row cannot be turned into tokens",
+                fix="merge or reorder the turns, or drop such rows with --on_bad_row drop",
+            ) from error
+
+    def _escape(self, messages: Sequence[dict]) -> tuple[list[dict], int]:
+        """Replace control tokens inside contents by placeholders: what a user wrote has to stay text."""
+        if not any(
+            isinstance(m["content"], str) and self.special_pattern.search(m["content"]) for m in messages
+        ):
+            return list(messages), 0
+        count = 0
+
+        def placeholder(match: re.Match) -> str:
+            nonlocal count
+            count += 1
+            return f"{_OPEN}{self.specials.index(match.group())}{_CLOSE}"
+
+        return [
+            {**m, "content": self.special_pattern.sub(placeholder, m["content"])}
+            if isinstance(m["content"], str)
+            else m
+            for m in messages
+        ], count
+
+    def _turn(
+        self, full: str, messages: list[dict], index: int, tools: list | None
+    ) -> tuple[int, int, bool] | None:
+        """Return (start, end, stopped) in characters of one assistant turn, or None when history was rewritten."""
+        prompt = self._render(messages[:index], tools, add_generation_prompt=True)
+        if not full.startswith(prompt):
+            return None
+        start = len(prompt)
+        upto = full if index + 1 == len(messages) else self._render(messages[: index + 1], tools)
+        limit = len(upto) if full.startswith(upto) else len(commonprefix([full, upto]))
+        content = (messages[index]["content"] or "").strip()
+        at = full.find(content, start, limit)
+        after = start if at < 0 else at + len(content)
+        # Control tokens inside the content are escaped: those found here are the template's.
+        ends = list(self.special_pattern.finditer(full, after, limit))
+        stop = next((match for match in ends if match.group() in self.stop_tokens), None)
+        if stop is not None:
+            return start, stop.end(), True
+        if ends:
+            return start, ends[-1].end(), False
+        return start, after if at >= 0 else limit, False
+
+    def _encode_spans(
+        self, full: str, spans: list[tuple[int, int, bool]], keep_rest: bool = False
+    ) -> Encoded:
+        """Encode the text up to the last span (or all of it), splitting it at the spans' edges.
+
+        The prompt is encoded as it is at inference, where the text ends with it: a token never reaches over an edge.
+        """
+        ids, mask, turns, cursor = [], [], [], 0
+        for start, end, stopped in spans:
+            before = self._ids(full[cursor:start], first=cursor == 0)
+            trained = self._ids(full[start:end], first=False)
+            turns.append((len(ids) + len(before), len(ids) + len(before) + len(trained), stopped))
+            ids += before + trained
+            mask += [0] * len(before) + [1] * len(trained)
+            cursor = end
+        if keep_rest or not spans:
+            rest = self._ids(full[cursor:], first=cursor == 0)
+            ids += rest
+            mask += [0] * len(rest)
+        return Encoded(ids, mask, turns)
+
+    def _ids(self, text: str, first: bool) -> list[int]:
+        """Encode a rendered piece; placeholders become the spelling of the control token, as text."""
+        if not text:
+            return []
+        if _OPEN not in text:
+            return self._plain(text, first)
+        ids, cursor = [], 0
+        for match in _PLACEHOLDER.finditer(text):
+            ids += (
+                self._plain(text[cursor : match.start()], first and cursor == 0)
+                if match.start() > cursor
+                else []
+            )
+            spelling = self.specials[int(match.group(1))]
+            ids += self.tokenizer(spelling, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            cursor = match.end()
+        return ids + (self._plain(text[cursor:], False) if cursor < len(text) else [])
+
+    def _plain(self, text: str, first: bool) -> list[int]:
+        """Encode text as a continuation: tokenizers that put a space in front of every text must not do so here."""
+        if first or not self._adds_space():
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        lead = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        return self.tokenizer("\n" + text, add_special_tokens=False)["input_ids"][len(lead) :]
+
+    def _adds_space(self) -> bool:
+        if not hasattr(self, "_space"):
+            ids = self.tokenizer("x", add_special_tokens=False)["input_ids"]
+            self._space = not self.tokenizer.convert_ids_to_tokens(ids)[0].startswith("x")
+        return self._space
