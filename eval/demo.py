@@ -48,6 +48,7 @@ def steps(folder: Path, args: Namespace) -> list[tuple[str, list[str]]]:
     tune = ["accelerate launch", "recipes/sft.py", "--peft", "lora", "--output_dir", sft]
     prefer = ["accelerate launch", "recipes/dpo.py", "--model_name_or_path", sft, "--output_dir", dpo]
     ask = ["accelerate launch", "eval/generate.py", "--model", *models, "--data", ROWS, "--output", results]
+    ask += ["--max_new_tokens", "48"]  # the base never stops; the longest right answer is far shorter
     compare = ["python", "eval/compare.py", *files, "--output", f"{folder}/compare.json", "--show", "2"]
     return [
         ("teach the base model to answer (supervised fine-tuning, LoRA)", tune + short),

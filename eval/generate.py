@@ -4,8 +4,8 @@
     accelerate launch eval/generate.py --model base=data/tiny/model outputs/sft outputs/dpo
     accelerate launch eval/generate.py --model Qwen/Qwen3-0.6B --data mine.jsonl --temperature 0.7 --top_p 0.9
 
-Rows: {"prompt", "answer", "verifier", "task"}, a conversation (its last answer is the reference), or a prompt
-and its completion. To score answers in another way, edit `score`. eval/README.md says what the numbers mean.
+Rows: {"prompt", "answer", "verifier", "task"}, a conversation (its last answer is the reference), a question
+with its answer. To score answers in another way, edit `score`. eval/README.md says what the numbers mean.
 """
 
 import time

@@ -2,8 +2,10 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -255,8 +257,6 @@ def test_two_processes_write_what_one_writes(script_run, toy, rows_file, tmp_pat
 
 def call_main(monkeypatch, *words):
     """Run the script's main() in this process: for what is refused before a model is loaded."""
-    import runpy
-
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
@@ -295,6 +295,46 @@ def test_rows_that_cannot_be_scored_are_refused(monkeypatch, tmp_path, row, mess
     path.write_text("\n".join(map(json.dumps, [{**row, "answer": "b"} if "answer" in row else row, row])))
     with pytest.raises(InputError, match=message):
         call_main(monkeypatch, "--model", "x", "--data", path, "--output", tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "prompt", "verifier"),
+    [
+        ({"prompt": "hi", "answer": 4, "verifier": "number"}, [], "hi", "number"),
+        ({"prompt": "hi", "answer": "4"}, ["--verifier", "contains"], "hi", "contains"),
+        ({"question": "hi", "answer": "4"}, [], [{"role": "user", "content": "hi"}], "exact"),
+        ({"instruction": "hi", "input": "", "output": "4"}, [], [{"role": "user", "content": "hi"}], "exact"),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "4"}]},
+            [],
+            [{"role": "user", "content": "hi"}],
+            "exact",
+        ),
+    ],
+)
+def test_rows_of_several_formats_have_a_prompt_and_a_reference(tmp_path, row, words, prompt, verifier):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, [row, row])))
+    script = runpy.run_path(str(ROOT / "eval" / "generate.py"))
+    args = Namespace(data=str(path), verifier=words[1] if words else "exact", limit=None)
+    first, second = script["read_rows"](args)
+    assert (first["prompt"], first["answer"], first["verifier"]) == (prompt, "4", verifier)
+    assert second["id"] == first["id"] + "#2" and (first["source"], second["row"]) == ("rows.jsonl", 2)
+
+
+def test_a_limit_chooses_the_same_rows_every_time_and_keeps_their_order(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "q", "answer": str(i)}) for i in range(50)))
+    script = runpy.run_path(str(ROOT / "eval" / "generate.py"))
+    chosen = [
+        [
+            int(row["answer"])
+            for row in script["read_rows"](Namespace(data=str(path), verifier="exact", limit=n))
+        ]
+        for n in (10, 10, 20)
+    ]
+    assert chosen[0] == chosen[1] == sorted(chosen[0]) != list(range(10))
+    assert set(chosen[0]) < set(chosen[2]), "a larger limit adds rows"
 
 
 def test_a_result_file_is_not_overwritten_by_accident(monkeypatch, tmp_path):
