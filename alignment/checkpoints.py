@@ -71,7 +71,9 @@ def load_tokenizer(
     return tokenizer
 
 
-def read_config(path: str | Path, head: str, revision: str = "main", trust_remote_code: bool = False):
+def read_config(
+    path: str | Path, head: str, revision: str = "main", trust_remote_code: bool = False
+) -> PretrainedConfig:
     """Return the configuration of a model; raises InputError when it cannot have this head."""
     try:
         config = AutoConfig.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)

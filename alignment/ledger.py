@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.table import Table
+
 SPLITS = ("train", "test", "unsampled")
 
 
@@ -132,10 +134,8 @@ class Ledger:
         """Return {source, row, cause} of every dropped row, in the order they were dropped."""
         return list(self.dropped)
 
-    def table(self):
-        """Return a `rich.table.Table` of at most 100 columns; causes are listed under the sources."""
-        from rich.table import Table
-
+    def table(self) -> Table:
+        """Return a table of at most 100 columns; causes are listed under the sources."""
         table = Table(title="What happened to the rows", caption=self.caption(), caption_justify="left")
         table.add_column("source", max_width=32, overflow="fold")
         heads = ("read", "repeated", "train", "test", "unused", "dropped", "cut", "trained")

@@ -100,7 +100,7 @@ def _adapted(path: str | Path, options: dict | None = None):
     model = load_adapter(base.float(), path)
     # BaseTuner.merge_and_unload exists for every tuner; some have no `merge` in their layers
     layers = [m for m in model.modules() if hasattr(m, "active_adapters") and hasattr(m, "get_base_layer")]
-    if not all(callable(vars(type(m)).get("merge") or getattr(type(m), "merge", None)) for m in layers):
+    if not all(hasattr(type(m), "merge") and callable(type(m).merge) for m in layers):
         raise InputError(f"PEFT cannot merge {config.peft_type.value.lower()}", where=str(path))
     return model, own
 
