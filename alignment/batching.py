@@ -5,8 +5,8 @@ narrower ones (`narrow`), each padded to its own longest row, with the same resu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1
 class TokenCount:
     """Tokens that went through the model: `real` ones of the rows, and `computed` ones with the padding."""
 
-    real: int = 0
+    real: int | torch.Tensor = 0
     computed: int = 0
 
-    def add(self, real: int, computed: int) -> None:
+    def add(self, real: int | torch.Tensor, computed: int) -> None:
         """Count one forward pass."""
         self.real += real
         self.computed += computed
@@ -30,7 +30,7 @@ class TokenCount:
     @property
     def padding(self) -> float:
         """Share of the computed tokens that is padding, between 0 and 1."""
-        return 1 - self.real / self.computed if self.computed else 0.0
+        return 1 - int(self.real) / self.computed if self.computed else 0.0
 
 
 @dataclass
@@ -46,7 +46,6 @@ class PackedCollator:
 
     pad_token_id: int
     flatten: bool = False
-    count: TokenCount = field(default_factory=TokenCount)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         lengths = [row.get("seq_lengths") or [len(row["input_ids"])] for row in rows]
@@ -56,7 +55,6 @@ class PackedCollator:
         if self.flatten:
             ids, labels, positions = ([sum(x, [])] for x in (ids, labels, positions))
         width = max(map(len, ids))
-        self.count.add(sum(map(len, ids)), width * len(ids))
 
         def stack(values: list[list[int]], filler: int) -> torch.Tensor:
             return torch.tensor([row + [filler] * (width - len(row)) for row in values])
@@ -119,14 +117,20 @@ def split_rows(lengths: tuple[int, ...], parts: int) -> list[int]:
     return cuts[n]
 
 
-def narrow(forward: Callable, count: TokenCount, parts: int = 4) -> Callable:
+def narrow(forward: Callable, count: Callable[[int, int], None], parts: int = 4) -> Callable:
     """Wrap a model's forward so that a right-padded training batch runs as up to `parts` narrower batches.
 
     The number of parts depends on the number of rows only, so that every rank of a sharded model makes the same
     number of forward passes. Outputs come back in the order and with the padding of the batch. Calls that are not a
     plain training batch (generation, packed rows, router losses) go through unchanged.
+
+    Args:
+        forward: the model's forward, or the PeftModel's.
+        count: called with (real tokens, computed tokens) of each pass.
+        parts: how many passes at most.
     """
 
+    @wraps(forward)
     def run(*args, **inputs) -> ModelOutput:
         mask = inputs.get("attention_mask")
         plain = not args and inputs.get("use_cache") is False and inputs.get("input_ids") is not None
@@ -136,12 +140,12 @@ def narrow(forward: Callable, count: TokenCount, parts: int = 4) -> Callable:
         order = sizes.argsort(descending=True, stable=True)
         lengths = sizes[order].tolist()
         if lengths[-1] == 0 or len(lengths) == 1:
-            count.add(sum(lengths), mask.numel())
+            count(sum(lengths), mask.numel())
             return forward(**inputs)
         outputs, start = [], 0
         for end in split_rows(tuple(lengths), min(parts, len(lengths))):
             rows, width = order[start:end], lengths[start]
-            count.add(sum(lengths[start:end]), width * (end - start))
+            count(sum(lengths[start:end]), width * (end - start))
             outputs.append(forward(**{k: _take(v, rows, width, mask.shape) for k, v in inputs.items()}))
             start = end
         return _join(outputs, order.argsort())

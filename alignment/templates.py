@@ -7,6 +7,7 @@ no `{% generation %}` marker is needed, and a template that rewrites history is 
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
@@ -92,6 +93,14 @@ class ChatEncoder:
         self.special_pattern = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
         self.stops = stop_ids(tokenizer, generation_config)
         self.stop_tokens = {tokenizer.convert_ids_to_tokens(i) for i in self.stops}
+
+    def with_kwargs(self, kwargs: dict[str, Any]) -> "ChatEncoder":
+        """Return an encoder that passes these to the template as well."""
+        if not kwargs:
+            return self
+        other = copy(self)
+        other.kwargs = {**self.kwargs, **kwargs}
+        return other
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], tools: list | None = None) -> Encoded:
         """Encode a conversation, with every assistant turn and its stop token marked as trained."""

@@ -1,0 +1,325 @@
+"""What can be known before the first step, found on the tokenizer, template, collator and trainer of this run."""
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from datasets import IterableDataset
+from rich.console import Console
+from rich.text import Text
+
+from alignment.adapters import PROMPT_LEARNING
+from alignment.errors import InputError
+from alignment.memory import memory_estimate, parameters
+from alignment.tokenization import Tokenized
+
+WIDTH = 100
+STYLES = {"error": "bold red", "warning": "yellow", "fact": "dim"}
+
+
+@dataclass
+class Finding:
+    """One line about the run: an error stops it, a warning wants a look, a fact is good to know."""
+
+    level: str
+    what: str
+    fix: str = ""
+
+
+def examine(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Finding]:
+    """Return everything that can be said about this run before its first step, errors first.
+
+    Args:
+        trainer: the constructed trainer.
+        args: the parsed arguments.
+        loaded: what `load_model` returned.
+        rows: what `tokenize` returned.
+    """
+    found = [Finding("fact", note) for note in [*loaded.notes, *rows.notes, *trainer.notes]]
+    found += _launch(trainer)
+    found += _size(trainer, args, loaded)
+    if not isinstance(rows.train, IterableDataset):
+        found += _lengths(rows, args) + _answers(rows) + _bos(rows) + _pairs(rows, args)
+    found += _start(trainer, args, loaded, rows)
+    order = list(STYLES)
+    return sorted(found, key=lambda finding: order.index(finding.level))
+
+
+def report(findings: list[Finding], trainer: Any, rows: Tokenized, console: Console) -> None:
+    """Print the findings, the mask of a few rows and the ledger."""
+    for finding in findings:
+        line = Text(f"{finding.level:<8}", style=STYLES[finding.level]).append(finding.what, style="default")
+        if finding.fix:
+            line.append(f" -> {finding.fix}", style="cyan")
+        console.print(line)
+    console.print()
+    for line in draw_masks(trainer, rows, plain=not console.is_terminal):
+        console.print(line)
+    console.print(rows.ledger.table())
+
+
+def refuse(findings: list[Finding]) -> None:
+    """Raise InputError when there is an error among the findings."""
+    errors = [finding for finding in findings if finding.level == "error"]
+    if errors:
+        first = errors[0]
+        more = f" ({len(errors) - 1} more above)" if len(errors) > 1 else ""
+        raise InputError(first.what + more, where="before the first step", fix=first.fix)
+
+
+def _lengths(rows: Tokenized, args: Any) -> list[Finding]:
+    sizes = rows.lengths["train"]
+    sizes = sizes[sizes > 0]
+    p50, p90, p99, top = (int(np.quantile(sizes, q)) for q in (0.5, 0.9, 0.99, 1.0))
+    limit = args.train.max_length
+    line = f"length in tokens: half up to {p50:,}, 90 % up to {p90:,}, 99 % up to {p99:,}, longest {top:,}"
+    found = [Finding("fact", f"{line}; max_length {limit if limit else 'none'}")]
+    long = int((sizes > limit).sum()) if limit else 0
+    if long:
+        done = {"cut": "cut", "drop": "dropped", "stop": "refused"}[args.data.on_long_row]
+        share = long / len(sizes)
+        level = "warning" if share > 0.01 else "fact"
+        fix = f"--max_length {1 << (p99 - 1).bit_length()} keeps 99 %" if p99 > limit else ""
+        found.append(Finding(level, f"{long:,} train rows ({share:.1%}) are longer than max_length: {done}", fix))
+    return found
+
+
+def _answers(rows: Tokenized) -> list[Finding]:
+    """Check that answers are trained, and that each ends in a token at which generation stops."""
+    found, counts = [], rows.counts
+    turns = counts["train turns"]
+    if turns:
+        open_ended = counts["train unstopped"]
+        names = ", ".join(sorted(rows.encoder.stop_tokens)) or "nothing"
+        if open_ended > 0.01 * turns:
+            found.append(
+                Finding(
+                    "error",
+                    f"{open_ended:,} of {turns:,} answers end in no token that generation stops at ({names})",
+                    "a chat template that ends answers with one: --chat_template_path data/chat_templates/plain.jinja",
+                )
+            )
+        else:
+            found.append(Finding("fact", f"answers end in {names}, where generation stops"))
+    if counts["train skipped"]:
+        text = f"{counts['train skipped']:,} earlier answers are not trained: the template rewrites history"
+        found.append(Finding("warning", text, "split such conversations into one row per answer"))
+    if counts["train escaped"]:
+        found.append(Finding("fact", f"{counts['train escaped']:,} control tokens in the rows' texts stay text"))
+    for source, account in rows.ledger.accounts.items():
+        total, trained = account.tokens.get("train", (0, 0))
+        if total and trained / total < 0.02:
+            text = f"{source}: only {trained / total:.1%} of the tokens are trained on"
+            found.append(Finding("warning", text, "shorter prompts, or a source with longer answers"))
+    return found
+
+
+def _bos(rows: Tokenized) -> list[Finding]:
+    bos = rows.encoder.tokenizer.bos_token_id
+    if bos is None or bos in rows.encoder.stops or rows.form != "sft":
+        return []
+    counts = [list(ids).count(bos) for ids in rows.train[:200]["input_ids"]]
+    if max(counts) > 1:
+        text = f"{sum(c > 1 for c in counts)} of the first {len(counts)} rows hold more than one BOS token"
+        return [Finding("warning", text, "take the BOS out of the rows' texts")]
+    return [Finding("fact", f"BOS tokens a row: {min(counts)}" + ("" if min(counts) == max(counts) else " to 1"))]
+
+
+def _pairs(rows: Tokenized, args: Any) -> list[Finding]:
+    found = []
+    near = rows.counts["train near"]
+    if near:
+        text = f"{near:,} pairs differ in less than 5 % of their tokens"
+        found.append(Finding("warning" if near > 0.05 * len(rows.train) else "fact", text))
+    if rows.form == "dpo":
+        chosen, rejected = (sum(map(len, rows.train[name])) for name in ("chosen_ids", "rejected_ids"))
+        text = f"chosen answers are {chosen / max(rejected, 1):.2f} x as long as rejected ones"
+        found.append(Finding("fact", text))
+    if rows.form == "kto":
+        good = sum(rows.train["label"])
+        bad = len(rows.train) - good
+        found.append(Finding("fact", f"thumbs: {good:,} up, {bad:,} down"))
+        if not good or not bad:
+            found.append(Finding("error", "all thumbs point the same way", "KTO needs both; with one kind use sft"))
+        else:
+            ratio = args.train.desirable_weight * good / (args.train.undesirable_weight * bad)
+            if not 0.7 <= ratio <= 1.5:
+                weight = round(args.train.undesirable_weight * bad / good, 2)
+                text = f"weighted thumbs up to thumbs down is {ratio:.2f}; the paper advises 1 to 1.33"
+                found.append(Finding("warning", text, f"--desirable_weight {weight}"))
+    return found
+
+
+def _size(trainer: Any, args: Any, loaded: Any) -> list[Finding]:
+    trainable, total = parameters(trainer.model)
+    found = [Finding("fact", f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}, {loaded.method})")]
+    if not trainable:
+        found.append(Finding("error", "no parameter is trained", "--peft with another method"))
+    length = args.train.max_length or 1024
+    tokens = trainer.args.per_device_train_batch_size * length * (2 if "chosen_ids" in _columns(trainer) else 1)
+    reference = vars(trainer).get("ref_model")
+    shards = trainer.args.world_size if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else 1
+    need = memory_estimate(trainer.model, trainer.args, tokens, reference, shards)
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in need.items() if name != "total" and size)
+    have = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else psutil.virtual_memory().total
+    text = f"memory, roughly: {_bytes(need['total'])} of {_bytes(have)} ({parts})"
+    fix = "--peft qlora, a smaller --per_device_train_batch_size or --max_length, --gradient_checkpointing true"
+    found.append(Finding("warning", text, fix) if need["total"] > have else Finding("fact", text))
+    return found
+
+
+def _columns(trainer: Any) -> list[str]:
+    return trainer.train_dataset.column_names or []
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(size / 2**20, 0.1):.1f} MiB"
+
+
+def _launch(trainer: Any) -> list[Finding]:
+    """Compare the processes there are with those the launcher was asked for."""
+    state, asked = trainer.accelerator.state, asked_for()
+    got = state.num_processes
+    kind = str(state.distributed_type).rpartition(".")[2]
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+    steps = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps * got
+    found = [
+        Finding("fact", f"runs on {got} process{'es' if got > 1 else ''} ({kind}, {device}); rows per update: {steps}")
+    ]
+    number, strategy = asked.get("num_processes"), str(asked.get("distributed_type", ""))
+    if number and int(number) * int(asked.get("num_machines") or 1) != got and int(number) != got:
+        text = f"the launcher was asked for {number} processes, and {got} came"
+        fix = "accelerate_configs/cpu.yaml shows how to get several processes without a GPU" if device == "CPU" else ""
+        found.append(Finding("error", text, fix))
+    for name, there in (("FSDP", trainer.is_fsdp_enabled), ("DEEPSPEED", trainer.is_deepspeed_enabled)):
+        if name in strategy.upper() and not there:
+            found.append(Finding("error", f"the launcher was asked for {strategy}, and the run has none", "needs GPUs"))
+    return found
+
+
+def asked_for() -> dict[str, Any]:
+    """Return what the command line of `accelerate launch` asks for: its config file, then its flags."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return {}
+    if not any("accelerate" in word for word in words[:4]):
+        return {}
+    script = next((i for i, word in enumerate(words) if word.endswith(sys.argv[0])), len(words))
+    flags: dict[str, Any] = {}
+    for first, second in zip(words[:script], [*words[1:script], ""], strict=True):
+        name, _, value = first.removeprefix("--").partition("=")
+        if first.startswith("--"):
+            flags[name] = value or second
+    asked: dict[str, Any] = {}
+    if "config_file" in flags:
+        from accelerate.commands.config.config_args import load_config_from_file
+
+        asked = {k: v for k, v in vars(load_config_from_file(flags["config_file"])).items() if v is not None}
+    return asked | {k: v for k, v in flags.items() if k in ("num_processes", "num_machines")}
+
+
+def _start(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Finding]:
+    """Run the first batch without training: the loss has a known value where nothing has been learnt yet."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return [Finding("fact", "the loss before training is not looked at: the model is not sharded yet")]
+    loss, metrics = first_loss(trainer)
+    if not math.isfinite(loss):
+        return [Finding("error", f"the loss of the first batch is {loss}", "--bf16 false, or another model")]
+    if rows.form in ("sft", "reward"):
+        return [Finding("fact", f"loss of the first batch before training: {loss:.3f}")]
+    plain = args.train.loss_type in (["sigmoid"], "sigmoid", "kto")
+    expected = math.log(2) if rows.form == "dpo" else 0.5
+    name = "ln 2" if rows.form == "dpo" else "0.5"
+    margin = metrics.get("rewards/margins", 0.0)
+    tolerance = 0.02 if trainer.args.bf16 or trainer.args.fp16 or loaded.method == "qlora" else 2e-3
+    off = abs(margin) > tolerance or (plain and _unweighted(args) and abs(loss - expected) > tolerance)
+    text = f"before training: loss {loss:.4f} ({name} is {expected:.4f}), margin {margin:.4f}"
+    if not off:
+        return [Finding("fact", f"{text}: policy and reference agree")]
+    if loaded.method in PROMPT_LEARNING:
+        return [Finding("warning", f"{text}: untrained virtual tokens have already moved the policy")]
+    fix = "the reference is not the model that is trained: load both from one place"
+    return [Finding("error", text, fix)]
+
+
+def _unweighted(args: Any) -> bool:
+    """Say whether the loss has its textbook value at the start (no smoothing, no class weights)."""
+    values = vars(args.train)
+    weights = [values.get("desirable_weight", 1.0), values.get("undesirable_weight", 1.0)]
+    return not values.get("label_smoothing") and weights == [1.0, 1.0] and not values.get("use_weighting")
+
+
+@torch.no_grad()
+def first_loss(trainer: Any) -> tuple[float, dict[str, float]]:
+    """Return loss and metrics of the first training batch, with the model as it stands; nothing is changed."""
+    state = torch.get_rng_state()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    training = trainer.model.training
+    trainer.model.eval()
+    with trainer.compute_loss_context_manager():
+        loss = trainer.compute_loss(trainer.model, batch)
+    metrics = {name: sum(values) / len(values) for name, values in trainer._metrics["eval"].items() if values}
+    trainer._metrics["eval"].clear()
+    trainer.model.train(training)
+    torch.set_rng_state(state)
+    return loss.item(), metrics
+
+
+def draw_masks(trainer: Any, rows: Tokenized, plain: bool, count: int = 2, limit: int = 700) -> list[Text]:
+    """Return a drawing of a few rows: what is trained stands out, what is only read is dim.
+
+    Args:
+        trainer: gives the tokenizer.
+        rows: the tokenized rows; the first of each source are drawn.
+        plain: use marks in place of colours: [+trained+], for pairs also [-rejected-].
+        count: how many rows.
+        limit: characters of a row that are shown.
+    """
+    decode = rows.encoder.tokenizer.decode
+    legend = {"sft": "trained", "dpo": "chosen, then rejected", "kto": "thumb up or down", "reward": "scored as a whole"}
+    lines = [Text(f"What is trained ({legend[rows.form]}):", style="bold")]
+    for row in rows.train.take(count) if isinstance(rows.train, IterableDataset) else _one_per_source(rows, count):
+        text = Text()
+        for ids, mark in spans(row, rows.form):
+            piece = decode(ids)
+            piece = piece if len(piece) <= limit else f"{piece[: limit // 2]} […] {piece[-limit // 2 :]}"
+            if plain and mark:
+                piece = f"[{mark}{piece}{mark}]"
+            text.append(piece, style={"": "dim", "+": "bold green", "-": "bold red"}[mark])
+        lines += [text, Text()]
+    return lines
+
+
+def _one_per_source(rows: Tokenized, count: int) -> list[dict]:
+    first: dict[str, int] = {}
+    for index, source in enumerate(rows.train["source"]):
+        first.setdefault(source, index)
+    chosen = list(first.values())[:count]
+    chosen += [i for i in range(len(rows.train)) if i not in chosen][: count - len(chosen)]
+    return [rows.train[i] for i in chosen]
+
+
+def spans(row: dict[str, Any], form: str) -> list[tuple[list[int], str]]:
+    """Return (token ids, mark) runs of an encoded row: "" is read only, "+" trained or wanted, "-" unwanted."""
+    if form == "sft":
+        runs: list[tuple[list[int], str]] = []
+        for token, label in zip(row["input_ids"], row["labels"], strict=True):
+            mark = "+" if label != -100 else ""
+            if not runs or runs[-1][1] != mark:
+                runs.append(([], mark))
+            runs[-1][0].append(token)
+        return runs
+    if form == "kto":
+        return [(row["prompt_ids"], ""), (row["completion_ids"], "+" if row["label"] else "-")]
+    prompt = row.get("prompt_ids", [])
+    chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+    if not prompt:  # a reward model reads both sequences whole: what they share is drawn once
+        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    return [(prompt, ""), (chosen, "+"), (rejected, "-")]

@@ -1,0 +1,74 @@
+"""Kahneman-Tversky Optimisation: learn from answers with a thumb up or down, without pairs.
+
+    accelerate launch recipes/kto.py --model_name_or_path outputs/sft    # on top of what recipes/sft.py left
+    accelerate launch recipes/kto.py --peft lora --desirable_weight 1.3
+    accelerate launch recipes/kto.py --dry_run                           # label balance, the loss before training
+
+To make it yours, edit DEFAULTS and `to_thumb`, or give a YAML with the same keys: --config mine.yaml.
+Then measure what it did: accelerate launch eval/generate.py --model outputs/kto --data data/tiny/prompts
+"""
+
+from trl import KTOConfig
+
+from alignment.config import parse
+from alignment.data import load_splits
+
+DEFAULTS = dict(
+    # What is trained, on what. KTO wants a model that already answers: give the one recipes/sft.py left
+    model_name_or_path="data/tiny/model",
+    data=["data/tiny/feedback"],
+    output_dir="outputs/kto",
+    # How: every weight, with the model as it starts as the reference
+    peft="none",
+    learning_rate=2e-4,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.05,  # below 1: a share of all steps
+    beta=0.1,  # the pull back towards the reference; smaller lets the policy move further
+    # How much: 16 answers an update; the reference point z is estimated within a batch, so 4 is the least
+    max_length=256,
+    per_device_train_batch_size=16,
+    num_train_epochs=1,
+    # What is looked at, and what is kept
+    eval_strategy="steps",
+    eval_steps=0.5,
+    eval_on_start=True,
+    logging_steps=5,
+    save_strategy="epoch",
+    save_total_limit=1,
+    gradient_checkpointing=False,  # true: less memory, a fifth slower
+    report_to="none",
+    seed=42,
+)
+
+
+def to_thumb(row):
+    """Return {"prompt", "completion", "label"}: lists of chat messages or strings, and true or false."""
+    return row
+
+
+def main():
+    """Read the arguments, load thumbs and model, train."""
+    args = parse(KTOConfig, DEFAULTS)
+
+    from alignment.models import load_model
+    from alignment.run import run
+    from alignment.tokenization import tokenize
+    from alignment.trainers import KTOTrainer
+
+    splits = load_splits(args, "unpaired_preference", to_thumb)
+    loaded = load_model(args)
+    rows = tokenize(splits, loaded, args, "kto")
+    trainer = KTOTrainer(
+        model=loaded.model,
+        ref_model=loaded.ref_model,  # None: the trainer keeps the model as it starts
+        args=args.train,
+        train_dataset=rows.train,
+        eval_dataset=rows.test,
+        processing_class=loaded.tokenizer,
+        peft_config=loaded.peft_config,
+    )
+    run(trainer, args, loaded, rows)
+
+
+if __name__ == "__main__":
+    main()
