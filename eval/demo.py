@@ -121,7 +121,7 @@ def show_curves(console: Console, name: str, log: list[dict]) -> None:
     for metric, series in curve_series(log).items():
         values = [value for _, value in series.get("train", series.get("held out", []))]
         if len(values) > 1:
-            line = f"{name:<10} {metric:<22} {values[0]:8.3f} {sparkline(values)} {values[-1]:.3f}"
+            line = f"{name:<5} {metric:<20} {values[0]:8.3f}  {sparkline(values)}  {values[-1]:.3f}"
             console.print(line, markup=False)
 
 
@@ -237,7 +237,7 @@ def main() -> None:
     os.chdir(ROOT)
     folder = Path(args.output_dir)
     clear(folder)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     seconds = {}
     for number, (what, words) in enumerate(steps(folder, args), start=1):
         seconds[what] = run(console, number, what, words)
@@ -268,4 +268,7 @@ def show_answers(console: Console, results: dict[str, Result]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the next start begins anew")
