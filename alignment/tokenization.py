@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset
+from transformers import IntervalStrategy
 
 from alignment.data import Splits
 from alignment.errors import InputError
@@ -83,6 +84,7 @@ def tokenize(splits: Splits, loaded: Any, args: Any, form: str) -> Tokenized:
         args.train.chat_template_path = None
     encoder = ChatEncoder(loaded.tokenizer, vars(loaded.model).get("generation_config"))
     notes += _stop_at_end_of_turn(encoder, loaded.model)
+    notes += _no_evaluation(splits, args.train)
     rules = Rules(encoder, args.train.max_length, args.data.on_long_row)
     if form == "sft":
         rules.assistant_only = args.train.assistant_only_loss
@@ -94,6 +96,14 @@ def tokenize(splits: Splits, loaded: Any, args: Any, form: str) -> Tokenized:
             setattr(result, split, _encode_split(rows, split, result, rules, args))
     splits.ledger.check()
     return result
+
+
+def _no_evaluation(splits: Splits, train: Any) -> list[str]:
+    """Switch evaluation off where there is nothing to evaluate on: the trainers would end with an error."""
+    wanted = train.eval_strategy != "no"
+    if splits.test is None or not wanted:
+        train.eval_strategy, train.eval_on_start = IntervalStrategy.NO, False
+    return ["no held-out rows: nothing is evaluated"] if wanted and splits.test is None else []
 
 
 def _stop_at_end_of_turn(encoder: ChatEncoder, model: Any) -> list[str]:
