@@ -110,7 +110,7 @@ def recognise(columns: list[str], samples: list[dict], kind: str) -> Format | No
         return Format(
             style, "chat", pick(have, turns, "system"), lambda r: {"messages": read_turns(r.get(turns), r)}
         )
-    if kind == "prompt" and "prompt" in have:
+    if kind == "prompt" and "prompt" in have and "completion" not in have:
         return Format(
             "prompts", "prompt", ("prompt",), lambda r: {"prompt": as_side(r.get("prompt"), "user")}
         )

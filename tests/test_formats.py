@@ -289,3 +289,8 @@ def test_one_conversation_that_is_the_beginning_of_the_other_keeps_an_answer():
     row = {"chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("a"), user("r"), bot("b")]}
     got = read(row, "preference")
     assert got["prompt"] == [user("q")] and got["chosen"] == [bot("a")] and len(got["rejected"]) == 3
+
+
+def test_prompt_with_completion_keeps_the_reference_answer():
+    row = {"prompt": "How much is 2 plus 2?", "completion": "4"}
+    assert "4" in str(convert(row, recognise(list(row), [row], "prompt"), "prompt"))
