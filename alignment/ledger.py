@@ -1,9 +1,10 @@
 """The ledger: what happened to every row and token between the file and the trainer. It has to add up."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SPLITS = ("train", "test", "unsampled")
 
@@ -134,8 +135,10 @@ class Ledger:
         """Return {source, row, cause} of every dropped row, in the order they were dropped."""
         return list(self.dropped)
 
-    def table(self) -> Table:
+    def table(self) -> "Table":
         """Return a table of at most 100 columns; causes are listed under the sources."""
+        from rich.table import Table
+
         table = Table(title="What happened to the rows", caption=self.caption(), caption_justify="left")
         table.add_column("source", max_width=32, overflow="fold")
         heads = ("read", "repeated", "train", "test", "unused", "dropped", "cut", "trained")
