@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-PYTEST := $(OFFLINE) $(BIN)/python -m pytest -q -rs --durations=10
+PYTEST := $(OFFLINE) $(BIN)/python -m pytest -q -rfEs --durations=10
 
 .PHONY: help demo test test-slow lint tiny clean
 
