@@ -117,7 +117,7 @@ def split_rows(lengths: tuple[int, ...], parts: int) -> list[int]:
     return cuts[n]
 
 
-def narrow(forward: Callable, count: Callable[[int, int], None], parts: int = 4) -> Callable:
+def narrow(forward: Callable, count: Callable[[int, int], None], parts: int = 6) -> Callable:
     """Wrap a model's forward so that a right-padded training batch runs as up to `parts` narrower batches.
 
     The number of parts depends on the number of rows only, so that every rank of a sharded model makes the same
