@@ -61,6 +61,9 @@ _OWN_TARGETS = {
     "poly",
 }
 
+# A size of 256 in PEFT that must divide the width of every layer.
+_DIVIDES_WIDTHS = {"c3a": "block_size", "vblora": "vector_length"}
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -132,6 +135,8 @@ def peft_config(
         values |= {"trainable_token_indices": layers} if layers and "trainable_token_indices" in known else {}
     if name == "adalora":  # the true total is known to the trainer: see warmstart.RankSchedule
         values["total_step"] = max(args.train.max_steps, 1_000)
+    if user.get("target_modules"):
+        user["target_modules"] = targets.named(model, user["target_modules"])
     task = {"causal": "CAUSAL_LM", "sequence": "SEQ_CLS"}[head]
     try:
         return config_class(task_type=task, **(values | user)), notes
@@ -160,6 +165,8 @@ def _from_model(name: str, model: PreTrainedModel, known: set[str]) -> dict[str,
         values["target_modules"], values["feedforward_modules"] = targets.attention_and_feedforward(model)
     elif "target_modules" in known and name not in _OWN_TARGETS:
         values["target_modules"] = "all-linear"
+    if size := _DIVIDES_WIDTHS.get(name):
+        values[size] = targets.common_block(model)
     if name in ("prefix", "ptuning"):
         values["encoder_hidden_size"] = model.config.get_text_config().hidden_size
     if "exclude_modules" in known and targets.has_vision(model):

@@ -42,6 +42,8 @@ _NEEDS_MORE = {
     "multitask_prompt_tuning": "every row needs a task id",
     "shadow": "it needs a second model",
     "cpt": "it needs the token ids of a context; use --peft prompt",
+    "trainable_tokens": "it trains rows of the embedding that you name; LoRA does so beside its own work: "
+    "--peft lora --peft_args '{\"trainable_token_indices\": [5, 6]}'",
     "adaption_prompt": "PEFT supports it for a few architectures only, and not for saving new heads",
 }
 
@@ -77,6 +79,10 @@ METHODS = {
     "ln_tuning": Method("LN_TUNING", 1e-3),
     "oft": Method("OFT", 2e-4),
     "boft": Method("BOFT", 2e-4),
+    # PEFT starts these two from noise: the policy of DPO and KTO would not start at its reference
+    "c3a": Method("C3A", 2e-4, {"init_weights": True}),
+    "fourierft": Method("FOURIERFT", 2e-4, {"init_weights": True}),
+    "cartridge": Method("CARTRIDGE", 7e-3, {"num_virtual_tokens": 32}),
 }
 _OTHER_RATE = 2e-4
 _FULL_RATE = 2e-5

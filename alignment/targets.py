@@ -1,10 +1,13 @@
 """What in a model an adapter acts on, read from the model: its linear layers, head and token rows."""
 
+import math
 import re
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
+
+from alignment.errors import InputError, nearest
 
 # Parts of a vision-language model that text fine-tuning leaves alone.
 NOT_TEXT = r".*(vision_tower|vision_model|visual|multi_modal_projector|audio_tower).*"
@@ -52,6 +55,47 @@ def _pattern(places: set[tuple[str, str]]) -> str:
     """Return one regular expression for a set of places; it matches nothing when there are none."""
     alternatives = sorted(rf"{re.escape(container)}\.\d+\.{rest}" for container, rest in places)
     return f"({'|'.join(alternatives)})" if alternatives else r"(?!)"
+
+
+def common_block(model: PreTrainedModel, most: int = 256) -> int:
+    """Return the largest size up to `most` that divides inputs and outputs of every layer but the head."""
+    head = model.get_output_embeddings()
+    widths = [
+        width
+        for layer in model.modules()
+        if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head
+        for width in _width(layer)
+        if width > 1  # a new head of one score is no target
+    ]
+    common = math.gcd(*widths)
+    return next(size for size in range(min(common, most), 0, -1) if common % size == 0)
+
+
+def named(model: PreTrainedModel, wanted: str | list[str]) -> str | list[str]:
+    """Return the target modules a user named as PEFT takes them.
+
+    Args:
+        model: the model the adapter goes onto.
+        wanted: names or their last parts, one such name, a regular expression, or "all-linear".
+
+    Raises:
+        InputError: one of them is not in the model; PEFT would pass it over while another fits.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if wanted == "all-linear" or (isinstance(wanted, str) and any(re.fullmatch(wanted, n) for n in names)):
+        return wanted
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)  # TRL unpacks a list of one
+    missing = [w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names)]
+    if not missing:
+        return wanted
+    last = sorted({part for name in names if not (part := name.rpartition(".")[2]).isdigit()})
+    close = nearest(missing[0], last)
+    raise InputError(
+        f"no module of the model is called {missing[0]!r}",
+        where="target_modules",
+        why="PEFT would leave it out and say nothing while another name fits",
+        fix=f"did you mean {close!r}?" if close else f"one of {', '.join(last)}",
+    )
 
 
 def has_vision(model: PreTrainedModel) -> bool:

@@ -1,5 +1,6 @@
 """PEFT by name: what the flags ask for, what each method may do, and what is said about it."""
 
+import json
 import math
 
 import peft
@@ -281,3 +282,27 @@ def test_quantized_model_counts_the_numbers_it_stands_for(toy, tmp_path):
     quantized = models.load_model(arguments(toy, tmp_path, "--peft", "qlora")).model
     assert models.parameters(quantized)[1] == models.parameters(plain)[1]
     assert math.isclose(quantized.model.layers[0].mlp.up_proj.weight.numel() * 2, 64 * 128)
+
+
+@pytest.mark.parametrize("wanted", ["q_proj", ["q_proj"], r".*\.q_proj"])
+def test_target_modules_may_be_a_name_a_list_or_an_expression(toy, tmp_path, wanted):
+    flags = ["--peft", "lora", "--peft_args", json.dumps({"target_modules": wanted})]
+    _, model = adapted(arguments(toy, tmp_path, *flags))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 4 and all("q_proj" in name for name in trained)
+
+
+def test_a_target_module_that_is_not_there_is_refused(toy, tmp_path):
+    for flags in (
+        ["--peft_args", '{"target_modules": ["q_proj", "v_pro"]}'],
+        ["--lora_target_modules", "v_pro"],
+    ):
+        with pytest.raises(InputError, match="did you mean 'v_proj'"):
+            models.load_model(arguments(toy, tmp_path, "--peft", "lora", *flags))
+
+
+@pytest.mark.parametrize("name", ["c3a", "vblora"])
+def test_blocks_fit_layers_of_any_width(toy, tmp_path, name):
+    loaded, _ = adapted(arguments(toy, tmp_path, "--peft", name))
+    size = {"c3a": "block_size", "vblora": "vector_length"}[name]
+    assert vars(loaded.peft_config)[size] == 32  # keys and values of the toy are 32 wide, the rest 64 and 128
