@@ -9,8 +9,12 @@ from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from transformers.modeling_outputs import ModelOutput
+
+from alignment.errors import InputError
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
@@ -48,6 +52,7 @@ class PackedCollator:
     flatten: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Stack the rows of a batch."""
         lengths = [row.get("seq_lengths") or [len(row["input_ids"])] for row in rows]
         ids = [list(row["input_ids"]) for row in rows]
         labels = [list(row["labels"]) for row in rows]
@@ -139,7 +144,7 @@ def narrow(forward: Callable, count: Callable[[int, int], None], parts: int = 6)
         sizes = mask.sum(1)
         order = sizes.argsort(descending=True, stable=True)
         lengths = sizes[order].tolist()
-        if lengths[-1] == 0 or len(lengths) == 1:
+        if not mask[:, 0].all() or len(lengths) == 1:  # padded on the left, or a row of nothing
             count(sum(lengths), mask.numel())
             return forward(**inputs)
         outputs, start = [], 0
@@ -148,7 +153,7 @@ def narrow(forward: Callable, count: Callable[[int, int], None], parts: int = 6)
             count(sum(lengths[start:end]), width * (end - start))
             outputs.append(forward(**{k: _take(v, rows, width, mask.shape) for k, v in inputs.items()}))
             start = end
-        return _join(outputs, order.argsort())
+        return _join(outputs, order.argsort(), mask.shape[1] - lengths[0])
 
     return run
 
@@ -160,16 +165,58 @@ def _take(value: Any, rows: torch.Tensor, width: int, shape: torch.Size) -> Any:
     return value[rows, :width] if value.dim() > 1 and value.shape[1] == shape[1] else value[rows]
 
 
-def _join(outputs: list[ModelOutput], inverse: torch.Tensor) -> ModelOutput:
-    """Put the outputs of the narrower batches back into the rows, order and width of the whole one."""
+def _join(outputs: list[ModelOutput], inverse: torch.Tensor, spare: int) -> ModelOutput:
+    """Put the outputs of the narrower batches back into the rows, order and width of the whole one.
+
+    Args:
+        outputs: those of the parts, from the longest rows to the shortest.
+        inverse: where each row of the batch now stands.
+        spare: columns of the batch that no row reaches.
+    """
     first = outputs[0]
     joined = {}
     for key, value in first.items():
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             continue  # a loss averaged over one part says nothing about the batch; TRL's trainers do not read it
         values = [output[key] for output in outputs]
-        if key in PER_TOKEN:
-            width = values[0].shape[1]  # parts run from the longest row to the shortest
-            values = [torch.nn.functional.pad(v, (0, width - v.shape[1])) for v in values]
+        if key in PER_TOKEN or (key == "logits" and value.dim() == 3):
+            width = values[0].shape[1] + spare
+            missing = [[0, 0] * (v.dim() - 2) + [0, width - v.shape[1]] for v in values]
+            values = [torch.nn.functional.pad(v, pad) for v, pad in zip(values, missing, strict=True)]
         joined[key] = torch.cat(values)[inverse]
     return type(first)(**joined)
+
+
+def kl_completions(rows: Dataset, batch_size: int, seed: int) -> Dataset:
+    """Put thumbs into fixed batches of like lengths and give each row another row's answer of its batch.
+
+    KTO estimates its reference point z from answers that belong to other prompts (arXiv:2402.01306, section 4.1). As in
+    TRL the answers of a batch are shifted within it, so the order must not change afterwards; here the batches
+    are of like lengths, and the shift is the one that pairs the fewest rows with an answer to their own prompt.
+
+    Raises:
+        InputError: the rows are a stream.
+    """
+    if not isinstance(rows, Dataset):
+        raise InputError(
+            "KTO's reference point needs answers of other rows, and a stream cannot be looked through for them",
+            where="--streaming",
+            why="rows are put into batches of like lengths before training",
+            fix="leave --streaming out, or --loss_type apo_zero_unpaired, which has no reference point",
+        )
+    generator = np.random.default_rng(seed)
+    order, lengths = generator.permutation(len(rows)), np.asarray(rows["length"])
+    span = 50 * batch_size
+    blocks = [order[i : i + span] for i in range(0, len(order), span)]
+    order = np.concatenate([block[np.argsort(lengths[block], kind="stable")] for block in blocks])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    full = batches[:-1] if len(batches[-1]) < batch_size else batches
+    shuffled = [full[i] for i in generator.permutation(len(full))] + batches[len(full) :]
+    prompts, answers = rows["prompt_ids"], rows["completion_ids"]
+    others = []
+    for batch in shuffled:
+        own = [prompts[int(i)] for i in batch]
+        shifts = range(1, len(batch)) if len(batch) > 1 else [0]
+        shift = min(shifts, key=lambda s: sum(own[i] == own[i - s] for i in range(len(own))))
+        others += [answers[int(batch[i - shift])] for i in range(len(batch))]
+    return rows.select(np.concatenate(shuffled)).add_column("KL_completion_ids", others)

@@ -6,9 +6,10 @@ no `{% generation %}` marker is needed, and a template that rewrites history is 
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Encoded:
     Attributes:
         input_ids: token ids, shape (length,); they end with the last assistant turn.
         mask: 1 where the token is an assistant's answer or the token that ends it, shape (length,).
+        messages: the index of each trained turn's message.
         turns: (start, end, stopped) of each trained turn, in tokens; `stopped` says whether its last token is one
             that generation stops at.
         skipped: assistant turns that the template renders otherwise once they are history, and so are not trained.
@@ -39,6 +41,7 @@ class Encoded:
     input_ids: list[int]
     mask: list[int]
     turns: list[tuple[int, int, bool]]
+    messages: list[int] = field(default_factory=list)
     skipped: int = 0
     escaped: int = 0
 
@@ -74,6 +77,10 @@ def load_template(tokenizer, path: str) -> None:
     tokenizer.chat_template = file.read_text(encoding="utf-8")
 
 
+class TemplateRefusal(InputError):
+    """The chat template cannot render this conversation; others it may."""
+
+
 class ChatEncoder:
     """Encodes conversations and prompts with one tokenizer; made once per run.
 
@@ -91,6 +98,10 @@ class ChatEncoder:
         self.kwargs = chat_template_kwargs or {}
         self.specials = special_tokens(tokenizer)
         self.special_pattern = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
+        # What must not reach the template as it stands; _OPEN, so that nobody's text is taken for a placeholder.
+        self.foreign = [*self.specials, _OPEN]
+        self.foreign_pattern = re.compile("|".join(map(re.escape, self.foreign)))
+        self.lead = self._lead()
         self.stops = stop_ids(tokenizer, generation_config)
         self.stop_tokens = {tokenizer.convert_ids_to_tokens(i) for i in self.stops}
 
@@ -104,9 +115,10 @@ class ChatEncoder:
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], tools: list | None = None) -> Encoded:
         """Encode a conversation, with every assistant turn and its stop token marked as trained."""
-        messages, escaped = self._escape(messages)
+        escaped = Counter()
+        messages, tools = self._escape(list(messages), escaped), self._escape(tools, escaped)
         full = self._render(messages, tools)
-        spans, skipped = [], 0
+        spans, trained, skipped = [], [], 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -115,22 +127,27 @@ class ChatEncoder:
                 skipped += 1
             else:
                 spans.append(span)
+                trained.append(index)
         encoded = self._encode_spans(full, spans)
-        encoded.skipped, encoded.escaped = skipped, escaped
+        encoded.messages = trained
+        encoded.skipped, encoded.escaped = skipped, escaped.total() - escaped[_OPEN]
         return encoded
 
     def encode_prompt(self, messages: Sequence[dict[str, Any]], tools: list | None = None) -> list[int]:
         """Return the ids the model is given before it answers: history and the opening of the assistant's turn."""
-        messages, _ = self._escape(messages)
+        messages, tools = self._escape(list(messages), Counter()), self._escape(tools, Counter())
         full = self._render(messages, tools, add_generation_prompt=True)
-        spans = [
-            self._turn(full, messages, i, tools) for i, m in enumerate(messages) if m["role"] == "assistant"
-        ]
+        spans = [self._turn(full, messages, i, tools) for i, m in enumerate(messages) if m["role"] == "assistant"]
         return self._encode_spans(full, [span for span in spans if span], keep_rest=True).input_ids
 
     def encode_text(self, text: str, *, bos: bool = True) -> list[int]:
-        """Return the ids of plain text with the tokenizer's own BOS (once), and without an EOS."""
-        ids = self.tokenizer(text, add_special_tokens=bos)["input_ids"]
+        """Return the ids of plain text with the tokenizer's own BOS (once), and without an EOS.
+
+        Without `bos` the text goes on where another one ended.
+        """
+        if not bos:
+            return self._plain(text, before=_OPEN)
+        ids = self.tokenizer(text)["input_ids"]
         bos_id, eos_id = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         if bos_id is not None and ids[:2] == [bos_id, bos_id]:
             ids = ids[1:]
@@ -138,9 +155,7 @@ class ChatEncoder:
             ids = ids[:-1]
         return ids
 
-    def _render(
-        self, messages: Sequence[dict], tools: list | None, add_generation_prompt: bool = False
-    ) -> str:
+    def _render(self, messages: Sequence[dict], tools: list | None, add_generation_prompt: bool = False) -> str:
         if not self.tokenizer.chat_template:
             raise InputError(
                 "the tokenizer has no chat template",
@@ -157,37 +172,29 @@ class ChatEncoder:
                 add_generation_prompt=add_generation_prompt,
                 **self.kwargs,
             )
-        except TemplateError as error:
-            raise InputError(
-                f"the chat template refuses a conversation with the roles {[m['role'] for m in messages]}: {error}",
+        except (TemplateError, TypeError) as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise TemplateRefusal(
+                f"the chat template refuses a conversation with the roles {roles}: {error}",
                 where=f"the chat template of {self.tokenizer.name_or_path}",
                 why="the row cannot be turned into tokens",
                 fix="merge or reorder the turns, or drop such rows with --on_bad_row drop",
             ) from error
 
-    def _escape(self, messages: Sequence[dict]) -> tuple[list[dict], int]:
-        """Replace control tokens inside contents by placeholders: what a user wrote has to stay text."""
-        if not any(
-            isinstance(m["content"], str) and self.special_pattern.search(m["content"]) for m in messages
-        ):
-            return list(messages), 0
-        count = 0
+    def _escape(self, value: Any, count: Counter) -> Any:
+        """Replace control tokens inside texts by placeholders: what a person wrote has to stay text."""
+        if isinstance(value, str):
 
-        def placeholder(match: re.Match) -> str:
-            nonlocal count
-            count += 1
-            return f"{_OPEN}{self.specials.index(match.group())}{_CLOSE}"
+            def placeholder(match: re.Match) -> str:
+                count[match.group()] += 1
+                return f"{_OPEN}{self.foreign.index(match.group())}{_CLOSE}"
 
-        return [
-            {**m, "content": self.special_pattern.sub(placeholder, m["content"])}
-            if isinstance(m["content"], str)
-            else m
-            for m in messages
-        ], count
+            return self.foreign_pattern.sub(placeholder, value)
+        if isinstance(value, dict):
+            return {k: item if k == "role" else self._escape(item, count) for k, item in value.items()}
+        return [self._escape(item, count) for item in value] if isinstance(value, list) else value
 
-    def _turn(
-        self, full: str, messages: list[dict], index: int, tools: list | None
-    ) -> tuple[int, int, bool] | None:
+    def _turn(self, full: str, messages: list[dict], index: int, tools: list | None) -> tuple[int, int, bool] | None:
         """Return (start, end, stopped) in characters of one assistant turn, or None when history was rewritten."""
         prompt = self._render(messages[:index], tools, add_generation_prompt=True)
         if not full.startswith(prompt):
@@ -195,8 +202,18 @@ class ChatEncoder:
         start = len(prompt)
         upto = full if index + 1 == len(messages) else self._render(messages[: index + 1], tools)
         limit = len(upto) if full.startswith(upto) else len(commonprefix([full, upto]))
-        content = (messages[index]["content"] or "").strip()
+        content = messages[index].get("content")
+        content = content.strip() if isinstance(content, str) else ""
         at = full.find(content, start, limit)
+        if limit < len(upto) and (at < 0 or not content):
+            return None  # the answer itself is not the one the model would have given
+        if at < 0 and content and content.split()[-1] not in full[start:limit]:
+            raise TemplateRefusal(
+                f"the chat template leaves out the text of an answer ({content[:40]!r})",
+                where=f"the chat template of {self.tokenizer.name_or_path}",
+                why="only the end of the turn would be trained",
+                fix="--chat_template_path with a template for plain text (this one may want a list of parts)",
+            )
         after = start if at < 0 else at + len(content)
         # Control tokens inside the content are escaped: those found here are the template's.
         ends = list(self.special_pattern.finditer(full, after, limit))
@@ -205,56 +222,70 @@ class ChatEncoder:
             return start, stop.end(), True
         if ends:
             return start, ends[-1].end(), False
-        return start, after if at >= 0 else limit, False
+        # Without a control token the answer is the last thing in its turn, white space aside.
+        end = full.rfind(content, start, limit) + len(content) if content and at >= 0 else limit
+        return (start, end, False) if end > start else None
 
-    def _encode_spans(
-        self, full: str, spans: list[tuple[int, int, bool]], keep_rest: bool = False
-    ) -> Encoded:
+    def _encode_spans(self, full: str, spans: list[tuple[int, int, bool]], keep_rest: bool = False) -> Encoded:
         """Encode the text up to the last span (or all of it), splitting it at the spans' edges.
 
         The prompt is encoded as it is at inference, where the text ends with it: a token never reaches over an edge.
         """
         ids, mask, turns, cursor = [], [], [], 0
         for start, end, stopped in spans:
-            before = self._ids(full[cursor:start], first=cursor == 0)
-            trained = self._ids(full[start:end], first=False)
+            before = self._ids(full, cursor, start)
+            trained = self._ids(full, start, end)
             turns.append((len(ids) + len(before), len(ids) + len(before) + len(trained), stopped))
             ids += before + trained
             mask += [0] * len(before) + [1] * len(trained)
             cursor = end
         if keep_rest or not spans:
-            rest = self._ids(full[cursor:], first=cursor == 0)
+            rest = self._ids(full, cursor, len(full))
             ids += rest
             mask += [0] * len(rest)
         return Encoded(ids, mask, turns)
 
-    def _ids(self, text: str, first: bool) -> list[int]:
-        """Encode a rendered piece; placeholders become the spelling of the control token, as text."""
+    def _ids(self, full: str, start: int, end: int) -> list[int]:
+        """Encode a part of a rendered text; placeholders become the spelling of the control token, as text."""
+        ids, cursor = [], start
+        for match in _PLACEHOLDER.finditer(full, start, end):
+            ids += self._plain(full[cursor : match.start()], before=full[:cursor])
+            ids += self._as_text(self.foreign[int(match.group(1))])
+            cursor = match.end()
+        return ids + self._plain(full[cursor:end], before=full[:cursor])
+
+    def _as_text(self, spelling: str) -> list[int]:
+        """Encode the spelling of a control token as the plain text that it was in somebody's message."""
+        lead = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer("\n" + spelling, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if ids[: len(lead)] == lead:
+            return ids[len(lead) :]
+        return self.tokenizer(spelling, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def _plain(self, text: str, before: str) -> list[int]:
+        """Encode text as what follows `before`: tokenizers that put a space in front of every text must not do so."""
         if not text:
             return []
-        if _OPEN not in text:
-            return self._plain(text, first)
-        ids, cursor = [], 0
-        for match in _PLACEHOLDER.finditer(text):
-            ids += (
-                self._plain(text[cursor : match.start()], first and cursor == 0)
-                if match.start() > cursor
-                else []
-            )
-            spelling = self.specials[int(match.group(1))]
-            ids += self.tokenizer(spelling, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            cursor = match.end()
-        return ids + (self._plain(text[cursor:], False) if cursor < len(text) else [])
+        lead = self.lead if before else ""
+        if lead:  # some tokenizers put a space after a control token, too
+            lead = next((token for token in self.specials if before.endswith(token)), lead)
+        skip = len(self.tokenizer(lead, add_special_tokens=False)["input_ids"]) if lead else 0
+        return self.tokenizer(lead + text, add_special_tokens=False)["input_ids"][skip:]
 
-    def _plain(self, text: str, first: bool) -> list[int]:
-        """Encode text as a continuation: tokenizers that put a space in front of every text must not do so here."""
-        if first or not self._adds_space():
+    def _lead(self) -> str:
+        """Return a text after which the tokenizer goes on without a space; empty where it never adds one."""
+
+        def ids(text: str) -> list[int]:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        lead = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
-        return self.tokenizer("\n" + text, add_special_tokens=False)["input_ids"][len(lead) :]
 
-    def _adds_space(self) -> bool:
-        if not hasattr(self, "_space"):
-            ids = self.tokenizer("x", add_special_tokens=False)["input_ids"]
-            self._space = not self.tokenizer.convert_ids_to_tokens(ids)[0].startswith("x")
-        return self._space
+        def starts(tokens: list[int]) -> bool:
+            return bool(tokens) and self.tokenizer.convert_ids_to_tokens(tokens[0]).startswith("x")
+
+        if starts(ids("x")):
+            return ""
+        added = self.tokenizer.added_tokens_decoder.values()
+        leads = [token.content for token in added if token.special and not token.rstrip]
+        for lead in [*leads, "\n"]:
+            if ids(lead + "x")[: len(ids(lead))] == ids(lead) and starts(ids(lead + "x")[len(ids(lead)) :]):
+                return lead
+        return ""

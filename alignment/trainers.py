@@ -17,9 +17,8 @@ import torch
 import trl
 from datasets import Dataset
 
-from alignment.batching import PackedCollator, TokenCount, narrow, packs_exactly
+from alignment.batching import PackedCollator, TokenCount, kl_completions, narrow, packs_exactly
 from alignment.errors import InputError
-from alignment.tokenization import kl_completions
 
 
 class Frugal:
@@ -91,7 +90,9 @@ class SFTTrainer(Frugal, trl.SFTTrainer):
         packing = args.packing and isinstance(train_dataset, Dataset)
         if packing:
             reason = _why_not_packed(model, kwargs.get("peft_config"), args)
-            notes.append(reason or "rows packed to max_length: tried on this model, packed rows give what single rows give")
+            notes.append(
+                reason or "rows packed to max_length: tried on this model, packed rows give what single rows give"
+            )
             packing = not reason
         if packing:
             args.train_sampling_strategy = "random"
@@ -103,7 +104,7 @@ class SFTTrainer(Frugal, trl.SFTTrainer):
             )
         # These were honoured when the rows were encoded and packed; TRL would apply them to messages.
         args.packing = args.assistant_only_loss = args.padding_free = args.eval_packing = False
-        args.completion_only_loss = None
+        args.completion_only_loss = args.chat_template_path = None
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.packed = packing
         self._watch(notes)
@@ -126,8 +127,10 @@ class DPOTrainer(Frugal, trl.DPOTrainer):
 class RewardTrainer(Frugal, trl.RewardTrainer):
     """`trl.RewardTrainer` on the rows of `tokenize(..., "reward")`."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, args: Any, **kwargs: Any):
+        args = copy(args)
+        args.chat_template_path = None  # the rows were encoded with it
+        super().__init__(model, args, **kwargs)
         self._watch([])
 
 
