@@ -18,6 +18,7 @@ from typing import Any, Literal
 from alignment.coerce import accepts, coerce
 from alignment.errors import InputError, nearest
 from alignment.files import locate, read_yaml, roots
+from alignment.opening import open_run
 
 # Names that older tutorials use. The sentence says what took their place.
 RENAMED = {
@@ -76,7 +77,7 @@ class DataArguments:
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, train nothing."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into an output_dir with files in it."}
+        default=False, metadata={"help": "Replace the earlier run in output_dir once this one has finished."}
     )
 
     def __post_init__(self):
@@ -126,7 +127,8 @@ def parse(train_class: type, defaults: dict, argv: list[str] | None = None, also
     Args:
         train_class: the trainer's configuration, a subclass of `transformers.TrainingArguments`.
         defaults: the recipe's DEFAULTS.
-        argv: the command line without the program's name; `sys.argv[1:]` when None.
+        argv: the command line without the program's name. None: a real command, of `sys.argv[1:]`; then
+            `output_dir` is claimed and one line says what is run (`alignment.opening`).
         also: more dataclasses whose fields are accepted; their instances are in `Arguments.also`.
 
     Raises:
@@ -161,7 +163,7 @@ def parse(train_class: type, defaults: dict, argv: list[str] | None = None, also
     fill_aliases(values, sources, known)
     fit_hardware(values, sources)
     built = {cls: build(cls, {n: v for n, v in values.items() if known[n][0] is cls}) for cls in groups}
-    return Arguments(
+    args = Arguments(
         built[DataArguments],
         built[ModelConfig],
         built[PeftArguments],
@@ -170,6 +172,9 @@ def parse(train_class: type, defaults: dict, argv: list[str] | None = None, also
         recipe,
         tuple(built[extra] for extra in also),
     )
+    if argv is None:
+        open_run(args)
+    return args
 
 
 def merge_layer(layer: tuple, values: dict, sources: dict, known: dict, hints: dict) -> None:

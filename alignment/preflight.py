@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,23 @@ import psutil
 import torch
 from datasets import IterableDataset
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from alignment.adapters import PROMPT_LEARNING
 from alignment.errors import InputError
+from alignment.launch import asked_for
 from alignment.memory import memory_estimate, parameters
-from alignment.tokenization import Tokenized
+from alignment.tokenization import LONG, Tokenized
 
 WIDTH = 100
 STYLES = {"error": "bold red", "warning": "yellow", "fact": "dim"}
+LEGEND = {
+    "sft": "what is marked",
+    "dpo": "the chosen answer up, the rejected one down",
+    "kto": "up or down, by its thumb",
+    "reward": "the score of the chosen answer above that of the rejected one",
+}
 
 
 @dataclass
@@ -43,22 +52,32 @@ def examine(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Findi
     found = [Finding("fact", note) for note in [*loaded.notes, *rows.notes, *trainer.notes]]
     found += _launch(trainer)
     found += _size(trainer, args, loaded)
+    found += _plan(trainer, rows)
     if not isinstance(rows.train, IterableDataset):
-        found += _lengths(rows, args) + _answers(rows) + _bos(rows) + _pairs(rows, args)
+        found += _lengths(rows, args, loaded) + _answers(rows) + _bos(rows) + _pairs(rows, args)
     found += _start(trainer, args, loaded, rows)
     order = list(STYLES)
     return sorted(found, key=lambda finding: order.index(finding.level))
 
 
-def report(findings: list[Finding], trainer: Any, rows: Tokenized, console: Console) -> None:
+def width() -> int:
+    """Return the columns to print in: those of the terminal, at most WIDTH."""
+    return min(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH) if sys.stdout.isatty() else WIDTH
+
+
+def report(findings: list[Finding], rows: Tokenized, console: Console) -> None:
     """Print the findings, the mask of a few rows and the ledger."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for finding in findings:
-        line = Text(f"{finding.level:<8}", style=STYLES[finding.level]).append(finding.what, style="default")
+        text = Text(finding.what)
         if finding.fix:
-            line.append(f" -> {finding.fix}", style="cyan")
-        console.print(line)
+            text.append(f" -> {finding.fix}", style="cyan")
+        table.add_row(Text(finding.level, style=STYLES[finding.level]), text)
+    console.print(table)
     console.print()
-    for line in draw_masks(trainer, rows, plain=not console.is_terminal):
+    for line in draw_masks(rows, plain=not console.is_terminal):
         console.print(line)
     console.print(rows.ledger.table())
 
@@ -72,20 +91,28 @@ def refuse(findings: list[Finding]) -> None:
         raise InputError(first.what + more, where="before the first step", fix=first.fix)
 
 
-def _lengths(rows: Tokenized, args: Any) -> list[Finding]:
+def _lengths(rows: Tokenized, args: Any, loaded: Any) -> list[Finding]:
     sizes = rows.lengths["train"]
     sizes = sizes[sizes > 0]
     p50, p90, p99, top = (int(np.quantile(sizes, q)) for q in (0.5, 0.9, 0.99, 1.0))
     limit = args.train.max_length
     line = f"length in tokens: half up to {p50:,}, 90 % up to {p90:,}, 99 % up to {p99:,}, longest {top:,}"
     found = [Finding("fact", f"{line}; max_length {limit if limit else 'none'}")]
-    long = int((sizes > limit).sum()) if limit else 0
-    if long:
-        done = {"cut": "cut", "drop": "dropped", "stop": "refused"}[args.data.on_long_row]
-        share = long / len(sizes)
-        level = "warning" if share > 0.01 else "fact"
-        fix = f"--max_length {1 << (p99 - 1).bit_length()} keeps 99 %" if p99 > limit else ""
-        found.append(Finding(level, f"{long:,} train rows ({share:.1%}) are longer than max_length: {done}", fix))
+    positions = vars(loaded.model.config.get_text_config()).get("max_position_embeddings") or math.inf
+    longest = min(top, limit or top)
+    if longest > positions:
+        text = f"rows of up to {longest:,} tokens, and the model knows {positions:,} positions"
+        found.append(Finding("warning", text, f"--max_length {positions}"))
+    accounts = rows.ledger.accounts.values()
+    cut = sum(n for a in accounts for (_, cause), (n, _) in a.cut.items() if cause.startswith(LONG))
+    dropped = sum(n for a in accounts for cause, (n, _) in a.dropped.items() if cause.startswith(LONG))
+    if cut or dropped:
+        done = " and ".join(f"{n:,} {word}" for n, word in ((dropped, "dropped"), (cut, "cut")) if n)
+        share = (cut + dropped) / sum(map(len, rows.lengths.values()))
+        wanted = 1 << (p99 - 1).bit_length()
+        fix = f"--max_length {wanted} keeps 99 %" if limit < p99 and wanted <= positions else ""
+        text = f"rows longer than max_length ({share:.1%}): {done}"
+        found.append(Finding("warning" if share > 0.01 else "fact", text, fix))
     return found
 
 
@@ -111,6 +138,8 @@ def _answers(rows: Tokenized) -> list[Finding]:
         found.append(Finding("warning", text, "split such conversations into one row per answer"))
     if counts["train escaped"]:
         found.append(Finding("fact", f"{counts['train escaped']:,} control tokens in the rows' texts stay text"))
+    if not turns:
+        found += _text_ends(rows)
     for source, account in rows.ledger.accounts.items():
         total, trained = account.tokens.get("train", (0, 0))
         if total and trained / total < 0.02:
@@ -119,15 +148,40 @@ def _answers(rows: Tokenized) -> list[Finding]:
     return found
 
 
+def _text_ends(rows: Tokenized) -> list[Finding]:
+    """Check the token that is put behind rows which are no conversations."""
+    tokenizer = rows.encoder.tokenizer
+    if tokenizer.eos_token_id in rows.encoder.stops:
+        return [Finding("fact", f"texts end in {tokenizer.eos_token}, where generation stops")]
+    text = f"texts end in {tokenizer.eos_token}, and generation stops at {', '.join(sorted(rows.encoder.stop_tokens))}"
+    return [Finding("warning", text, "give the tokenizer and generation_config.json of the model one end token")]
+
+
 def _bos(rows: Tokenized) -> list[Finding]:
-    bos = rows.encoder.tokenizer.bos_token_id
-    if bos is None or bos in rows.encoder.stops or rows.form != "sft":
+    """Count BOS tokens in whole sequences; a template and a tokenizer that both add one are a classic."""
+    tokenizer = rows.encoder.tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is None or bos in rows.encoder.stops:
         return []
-    counts = [list(ids).count(bos) for ids in rows.train[:200]["input_ids"]]
-    if max(counts) > 1:
-        text = f"{sum(c > 1 for c in counts)} of the first {len(counts)} rows hold more than one BOS token"
+    counts = [ids.count(bos) for row in rows.train.take(200) for ids in sequences(row, rows.form)]
+    low, high = min(counts), max(counts)
+    if high > 1:
+        text = f"{sum(c > 1 for c in counts)} of the first {len(counts)} sequences hold more than one BOS token"
         return [Finding("warning", text, "take the BOS out of the rows' texts")]
-    return [Finding("fact", f"BOS tokens a row: {min(counts)}" + ("" if min(counts) == max(counts) else " to 1"))]
+    if low == 0 and tokenizer("a")["input_ids"][0] == bos:
+        text = f"{counts.count(0)} of the first {len(counts)} sequences begin without {tokenizer.bos_token}"
+        fix = "a chat template that begins with it: the tokenizer puts it in front of every text"
+        return [Finding("warning", text, fix)]
+    return [Finding("fact", f"BOS tokens a row: {low}" + ("" if low == high else f" to {high}"))]
+
+
+def sequences(row: dict[str, Any], form: str) -> list[list[int]]:
+    """Return the whole token sequences of an encoded row, as the model will see them."""
+    if form == "sft":
+        return [list(row["input_ids"])]
+    prompt = list(row.get("prompt_ids", []))
+    names = ("completion_ids",) if form == "kto" else ("chosen_ids", "rejected_ids")
+    return [prompt + list(row[name]) for name in names]
 
 
 def _pairs(rows: Tokenized, args: Any) -> list[Finding]:
@@ -135,7 +189,9 @@ def _pairs(rows: Tokenized, args: Any) -> list[Finding]:
     near = rows.counts["train near"]
     if near:
         text = f"{near:,} pairs differ in less than 5 % of their tokens"
-        found.append(Finding("warning" if near > 0.05 * len(rows.train) else "fact", text))
+        many = near > 0.05 * len(rows.train)
+        fix = "pairs whose answers differ in what matters: so alike, both move together" if many else ""
+        found.append(Finding("warning" if many else "fact", text, fix))
     if rows.form == "dpo":
         chosen, rejected = (sum(map(len, rows.train[name])) for name in ("chosen_ids", "rejected_ids"))
         text = f"chosen answers are {chosen / max(rejected, 1):.2f} x as long as rejected ones"
@@ -157,7 +213,10 @@ def _pairs(rows: Tokenized, args: Any) -> list[Finding]:
 
 def _size(trainer: Any, args: Any, loaded: Any) -> list[Finding]:
     trainable, total = parameters(trainer.model)
-    found = [Finding("fact", f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}, {loaded.method})")]
+    if not total:  # ZeRO-3 has taken the weights apart already
+        return [Finding("fact", "parameters and memory are not counted: the weights are sharded already")]
+    text = f"trains {trainable:,} of {total:,} parameters ({trainable / total:.2%}, {loaded.method})"
+    found = [Finding("fact", text)]
     if not trainable:
         found.append(Finding("error", "no parameter is trained", "--peft with another method"))
     length = args.train.max_length or 1024
@@ -166,11 +225,32 @@ def _size(trainer: Any, args: Any, loaded: Any) -> list[Finding]:
     shards = trainer.args.world_size if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else 1
     need = memory_estimate(trainer.model, trainer.args, tokens, reference, shards)
     parts = ", ".join(f"{name} {_bytes(size)}" for name, size in need.items() if name != "total" and size)
-    have = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else psutil.virtual_memory().total
+    have = _memory()
     text = f"memory, roughly: {_bytes(need['total'])} of {_bytes(have)} ({parts})"
     fix = "--peft qlora, a smaller --per_device_train_batch_size or --max_length, --gradient_checkpointing true"
     found.append(Finding("warning", text, fix) if need["total"] > have else Finding("fact", text))
     return found
+
+
+def _memory() -> float:
+    """Return the bytes there are for one process: its GPU's, or its share of the machine's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return psutil.virtual_memory().total / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _plan(trainer: Any, rows: Tokenized) -> list[Finding]:
+    """Say how long the run is: updates, passes over the rows, tokens."""
+    settings = trainer.args
+    rate = f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler_type.value})"
+    if isinstance(rows.train, IterableDataset):
+        return [Finding("fact", f"{settings.max_steps:,} updates, {rate}")]
+    batches = math.ceil(len(trainer.train_dataset) / (settings.per_device_train_batch_size * settings.world_size))
+    epoch = max(math.ceil(batches / settings.gradient_accumulation_steps), 1)
+    steps = settings.max_steps if settings.max_steps > 0 else math.ceil(epoch * settings.num_train_epochs)
+    tokens = sum(a.tokens["train"][0] for a in rows.ledger.accounts.values() if "train" in a.tokens) * steps / epoch
+    passes = f"{steps / epoch:.2g} epoch{'s' if steps > epoch else ''}"
+    return [Finding("fact", f"{steps:,} updates, {passes}, about {tokens:,.0f} tokens, {rate}")]
 
 
 def _columns(trainer: Any) -> list[str]:
@@ -202,28 +282,6 @@ def _launch(trainer: Any) -> list[Finding]:
     return found
 
 
-def asked_for() -> dict[str, Any]:
-    """Return what the command line of `accelerate launch` asks for: its config file, then its flags."""
-    try:
-        words = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
-        return {}
-    if not any("accelerate" in word for word in words[:4]):
-        return {}
-    script = next((i for i, word in enumerate(words) if word.endswith(sys.argv[0])), len(words))
-    flags: dict[str, Any] = {}
-    for first, second in zip(words[:script], [*words[1:script], ""], strict=True):
-        name, _, value = first.removeprefix("--").partition("=")
-        if first.startswith("--"):
-            flags[name] = value or second
-    asked: dict[str, Any] = {}
-    if "config_file" in flags:
-        from accelerate.commands.config.config_args import load_config_from_file
-
-        asked = {k: v for k, v in vars(load_config_from_file(flags["config_file"])).items() if v is not None}
-    return asked | {k: v for k, v in flags.items() if k in ("num_processes", "num_machines")}
-
-
 def _start(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Finding]:
     """Run the first batch without training: the loss has a known value where nothing has been learnt yet."""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -233,13 +291,14 @@ def _start(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Findin
         return [Finding("error", f"the loss of the first batch is {loss}", "--bf16 false, or another model")]
     if rows.form in ("sft", "reward"):
         return [Finding("fact", f"loss of the first batch before training: {loss:.3f}")]
-    plain = args.train.loss_type in (["sigmoid"], "sigmoid", "kto")
+    plain = _unweighted(args) and args.train.loss_type in (["sigmoid"], "sigmoid", "kto")
     expected = math.log(2) if rows.form == "dpo" else 0.5
     name = "ln 2" if rows.form == "dpo" else "0.5"
     margin = metrics.get("rewards/margins", 0.0)
     tolerance = 0.02 if trainer.args.bf16 or trainer.args.fp16 or loaded.method == "qlora" else 2e-3
-    off = abs(margin) > tolerance or (plain and _unweighted(args) and abs(loss - expected) > tolerance)
-    text = f"before training: loss {loss:.4f} ({name} is {expected:.4f}), margin {margin:.4f}"
+    off = abs(margin) > tolerance or (plain and abs(loss - expected) > tolerance)
+    should = f" ({name} is {expected:.4f})" if plain else ""
+    text = f"before training: loss {loss:.4f}{should}, margin {margin:.4f}"
     if not off:
         return [Finding("fact", f"{text}: policy and reference agree")]
     if loaded.method in PROMPT_LEARNING:
@@ -257,10 +316,14 @@ def _unweighted(args: Any) -> bool:
 
 @torch.no_grad()
 def first_loss(trainer: Any) -> tuple[float, dict[str, float]]:
-    """Return loss and metrics of the first training batch, with the model as it stands; nothing is changed."""
-    state = torch.get_rng_state()
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    training = trainer.model.training
+    """Return loss and metrics of a batch of the first rows, with the model as it stands; nothing is changed.
+
+    The batch goes through the trainer's collator but not through its data loader, whose start would move the random
+    numbers and leave a half-read loader behind.
+    """
+    size = trainer.args.per_device_train_batch_size
+    batch = trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset.take(size))))
+    state, training = torch.get_rng_state(), trainer.model.training
     trainer.model.eval()
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, batch)
@@ -271,19 +334,17 @@ def first_loss(trainer: Any) -> tuple[float, dict[str, float]]:
     return loss.item(), metrics
 
 
-def draw_masks(trainer: Any, rows: Tokenized, plain: bool, count: int = 2, limit: int = 700) -> list[Text]:
+def draw_masks(rows: Tokenized, plain: bool, count: int = 2, limit: int = 700) -> list[Text]:
     """Return a drawing of a few rows: what is trained stands out, what is only read is dim.
 
     Args:
-        trainer: gives the tokenizer.
         rows: the tokenized rows; the first of each source are drawn.
         plain: use marks in place of colours: [+trained+], for pairs also [-rejected-].
         count: how many rows.
         limit: characters of a row that are shown.
     """
     decode = rows.encoder.tokenizer.decode
-    legend = {"sft": "trained", "dpo": "chosen, then rejected", "kto": "thumb up or down", "reward": "scored as a whole"}
-    lines = [Text(f"What is trained ({legend[rows.form]}):", style="bold")]
+    lines = [Text(f"What is trained ({LEGEND[rows.form]}):", style="bold")]
     for row in rows.train.take(count) if isinstance(rows.train, IterableDataset) else _one_per_source(rows, count):
         text = Text()
         for ids, mark in spans(row, rows.form):

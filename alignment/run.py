@@ -1,49 +1,57 @@
 """One run from the constructed trainer to the files it leaves: look, train, save, write down."""
 
-import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
 import signal
 import sys
 import time
-from dataclasses import fields
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from alignment import preflight
-from alignment.checkpointing import Seal, check_same_run, find_checkpoint
+from alignment.checkpointing import (
+    Seal,
+    check_same_run,
+    drop_aside,
+    find_checkpoint,
+    leftovers,
+    set_aside,
+    step_of,
+)
+from alignment.errors import InputError
 from alignment.models import LoadedModel, save_base
+from alignment.opening import resuming
+from alignment.record import (
+    HEADLINE,
+    conclude,
+    describe,
+    final_metrics,
+    generation_config,
+    identify,
+    model_card,
+    write_record,
+)
 from alignment.report import draw_curves, write_text
 from alignment.tokenization import Tokenized
 from alignment.warmstart import ready
 
-# What a person looks at, in this order, of the many numbers that are logged.
-HEADLINE = {
-    "sft": ("loss", "mean_token_accuracy"),
-    "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
-    "kto": ("loss", "rewards/margins", "kl"),
-    "reward": ("loss", "accuracy", "margin"),
-}
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "plumbline")
+# A launcher passes Ctrl-C on to its processes, which the terminal told already: within this many seconds it is one.
+_ECHO = 3.0
 
 
 def run(trainer: Any, args: Any, loaded: LoadedModel, rows: Tokenized) -> None:
     """Examine the run, train, and write everything into `output_dir`.
 
     Files: the weights (only the adapter with PEFT), the tokenizer with the template that was trained on, the
-    generation config with its stop tokens, `run.json`, `curves.png`, `README.md`, `trainer_state.json`, and
-    `dropped.jsonl` when rows were dropped.
+    generation config with its stop tokens, `run.json`, `metrics.json`, `curves.png`, `README.md`,
+    `trainer_state.json`, and `dropped.jsonl` when rows were dropped. A run that is interrupted leaves a checkpoint and
+    `run.json`, and says how to go on.
 
     Args:
         trainer: a trainer of `alignment.trainers`, or any transformers Trainer on the same rows.
@@ -54,226 +62,138 @@ def run(trainer: Any, args: Any, loaded: LoadedModel, rows: Tokenized) -> None:
     Raises:
         InputError: the examination found an error, the loss is not finite, the checkpoint does not fit.
     """
-    began = time.time()
+    began, folder = time.time(), Path(trainer.args.output_dir)
     main = trainer.accelerator.is_main_process
-    console = Console(width=None if sys.stdout.isatty() else preflight.WIDTH, quiet=not main, highlight=False)
+    console = Console(width=preflight.width(), quiet=not main, highlight=False)
     loaded.notes += ready(trainer, loaded)
-    identity = identify(trainer, rows)
-    checkpoint = _checkpoint(args, identity, loaded)
+    identity = identify(trainer, args, rows)
+    checkpoint = find_start(args, identity, loaded)
     findings = preflight.examine(trainer, args, loaded, rows)
-    preflight.report(findings, trainer, rows, console)
+    preflight.report(findings, rows, console)
     preflight.refuse(findings)
     if args.data.dry_run:
+        if main and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # the trainer made it
         console.print("Dry run: nothing was trained, nothing was written.")
         return
-    folder = Path(trainer.args.output_dir)
-    record = describe(trainer, args, rows, identity, findings)
+    record = describe(trainer, args, rows, identity, findings) | {"status": "running"}
     if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_base(loaded, folder)
-        _write_record(folder, record | {"status": "running"}, rows)
-    stop = StopOnSignal(folder)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    for callback in (Progress(HEADLINE[rows.form]), stop, Seal()):
-        trainer.add_callback(callback)
-    with stop:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    status = "interrupted" if stop.name else "finished"
-    if not stop.name and trainer.eval_dataset is not None and trainer.args.eval_strategy != "no":
-        _evaluate_last(trainer)
-    save(trainer, folder)
+        for note in prepare(folder, checkpoint, args, loaded):
+            console.print(note)
+        write_record(folder, record, rows)
+    record |= train(trainer, folder, checkpoint, rows, record)
+    record["seconds"] = round(time.time() - began, 1)
     if main:
-        if not isinstance(rows.train, IterableDataset) and "token_count" in vars(trainer):
-            rows.ledger.padding("train", trainer.token_count.computed, int(trainer.token_count.real))
-        rows.ledger.check()
-        record |= {"ledger": rows.ledger.to_dict(), "metrics": final_metrics(trainer.state.log_history)}
-        record |= {"status": status, "seconds": round(time.time() - began, 1), "steps": trainer.state.global_step}
-        _write_record(folder, record, rows)
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        draw_curves(trainer.state.log_history, folder / "curves.png", title=folder.name)
-        write_text(folder / "README.md", model_card(record, args))
+        write_record(folder, record, rows)
+        if record["status"] == "finished":
+            trainer.state.save_to_json(str(folder / "trainer_state.json"))
+            draw_curves(trainer.state.log_history, folder / "curves.png", title=folder.name)
+            write_text(folder / "README.md", model_card(record, args))
+            for note in drop_aside(folder):
+                console.print(note)
         conclude(console, record, rows, folder)
 
 
-def _checkpoint(args: Any, identity: dict, loaded: LoadedModel) -> str | None:
-    wanted = args.train.resume_from_checkpoint
+def find_start(args: Any, identity: dict[str, Any], loaded: LoadedModel) -> str | None:
+    """Return the checkpoint to go on from, the same on every process, or None to start afresh.
+
+    Raises:
+        InputError: there is none, it is damaged, or another run wrote it.
+    """
+    wanted = resuming(args)
     if not wanted:
         return None
-    checkpoint, notes = find_checkpoint(args.train.output_dir, str(wanted))
+    answer: list[Any] = [None]
+    try:
+        checkpoint, notes = find_checkpoint(args.train.output_dir, wanted)
+        file = Path(checkpoint).parent / "run.json"
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))["identity"]
+            notes += check_same_run(before, identity, args.data.overwrite_output_dir)
+        answer = [(checkpoint, notes)]
+    except InputError as error:
+        answer = [error]
+    answer = broadcast_object_list(answer)
+    if isinstance(answer[0], InputError):
+        raise answer[0]
+    checkpoint, notes = answer[0]
     loaded.notes += notes
-    file = Path(args.train.output_dir) / "run.json"
-    if file.is_file():
-        before = json.loads(file.read_text())["identity"]
-        loaded.notes += check_same_run(before, identity, args.data.overwrite_output_dir)
     return checkpoint
 
 
+def prepare(folder: Path, checkpoint: str | None, args: Any, loaded: LoadedModel) -> list[str]:
+    """Make room in `output_dir`, on one process; return notes of what was moved."""
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = [args.model.model_name_or_path]
+    if not loaded.merged_from:  # else the base is only about to be written there
+        needed.append(loaded.model.name_or_path)
+    notes = set_aside(leftovers(folder, checkpoint), folder, [] if checkpoint else needed)
+    save_base(loaded, folder)
+    return notes
+
+
+def train(trainer: Any, folder: Path, checkpoint: str | None, rows: Tokenized, record: dict) -> dict[str, Any]:
+    """Train, evaluate and save; return what is known afterwards, for run.json.
+
+    A failure is written into run.json before it is raised again.
+    """
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    stop, began = StopOnSignal(), time.time()
+    for callback in (Progress(HEADLINE[rows.form]), stop, Seal()):
+        trainer.add_callback(callback)
+    if checkpoint:
+        trainer.args.eval_on_start = False  # "before" is in the log that the checkpoint brings
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            seconds = time.time() - began - _evaluating(trainer, checkpoint)
+            if not stop.stopped:
+                _evaluate_last(trainer)
+                save(trainer, folder)
+    except BaseException as error:
+        if trainer.accelerator.is_main_process:
+            reason = f"{type(error).__name__}: {error}".strip(": ")
+            write_record(folder, record | {"status": "failed", "reason": reason}, rows)
+        raise
+    _book_padding(trainer, rows)
+    rows.ledger.check()
+    known = {"status": "finished", "steps": trainer.state.global_step, "training_seconds": round(seconds, 1)}
+    known |= {"status": "interrupted", "signal": stop.name} if stop.stopped else {}
+    return known | {"ledger": rows.ledger.to_dict(), "metrics": final_metrics(trainer.state.log_history)}
+
+
+def _evaluating(trainer: Any, checkpoint: str | None) -> float:
+    """Return the seconds that went into evaluations since this run was started."""
+    start = step_of(Path(checkpoint)) if checkpoint else -1
+    return sum(e["eval_runtime"] for e in trainer.state.log_history if "eval_runtime" in e and e["step"] > start)
+
+
 def _evaluate_last(trainer: Any) -> None:
-    """Evaluate the final weights, unless the last step did."""
+    """Evaluate the final weights, unless the last step did or the run has no evaluation."""
+    if trainer.eval_dataset is None or trainer.args.eval_strategy == "no":
+        return
     last = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if not last or last[-1] != trainer.state.global_step:
         trainer.evaluate()
 
 
+def _book_padding(trainer: Any, rows: Tokenized) -> None:
+    """Book the tokens of all processes, computed and real; streams are not counted."""
+    if isinstance(rows.train, IterableDataset) or "token_count" not in vars(trainer):
+        return
+    count = trainer.token_count
+    numbers = torch.tensor([int(count.computed), int(count.real)], device=trainer.args.device)
+    computed, real = trainer.accelerator.reduce(numbers, "sum").tolist()
+    rows.ledger.padding("train", computed, real)
+
+
 def save(trainer: Any, folder: Path) -> None:
     """Write weights, tokenizer and generation config; every rank has to call it."""
     trainer.save_model(str(folder))
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    config = vars(model.get_base_model() if "peft_config" in vars(model) else model).get("generation_config")
+    config = generation_config(trainer.accelerator.unwrap_model(trainer.model))
     if config is not None and trainer.accelerator.is_main_process:
         config.save_pretrained(folder)
-
-
-def identify(trainer: Any, rows: Tokenized) -> dict[str, Any]:
-    """Return what makes a run this run: the data, the template, the division of the work."""
-    tokenizer = rows.encoder.tokenizer
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else json.dumps(tokenizer.chat_template)
-    return {
-        "form": rows.form,
-        "data": "stream" if isinstance(rows.train, IterableDataset) else fingerprint(rows),
-        "chat_template": hashlib.sha256((template or "").encode()).hexdigest()[:16],
-        "processes": trainer.args.world_size,
-        "rows_per_step": trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
-    }
-
-
-def fingerprint(rows: Tokenized) -> str:
-    """Return a hash of the encoded training rows in their order."""
-    digest = hashlib.sha256()
-    for batch in rows.train.with_format("arrow").iter(batch_size=1000):
-        for column in batch.drop_columns([c for c in ("source", "row") if c in batch.column_names]).columns:
-            digest.update(repr(column.to_pylist()).encode())
-    return digest.hexdigest()[:16]
-
-
-def describe(trainer: Any, args: Any, rows: Tokenized, identity: dict, findings: list) -> dict[str, Any]:
-    """Return the content of run.json that is known before training."""
-    values = {}
-    for group in (args.data, args.model, args.peft, args.train, *args.also):
-        for item in fields(group):
-            if item.init and "token" not in item.name.split("_"):
-                values[item.name] = {
-                    "value": _plain(getattr(group, item.name)),
-                    "source": args.sources.get(item.name, "library"),
-                }
-    return {
-        "recipe": args.recipe,
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "identity": identity,
-        "arguments": values,
-        "findings": [vars(finding) for finding in findings],
-        "ledger": rows.ledger.to_dict(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "hardware": {
-            "machine": platform.platform(),
-            "python": platform.python_version(),
-            "cpus": os.cpu_count(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
-        "seed": trainer.args.seed,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Return a JSON-ready form of an argument."""
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
-
-
-def _write_record(folder: Path, record: dict[str, Any], rows: Tokenized) -> None:
-    write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
-    dropped = rows.ledger.dropped_rows()
-    if dropped:
-        write_text(folder / "dropped.jsonl", "".join(json.dumps(row) + "\n" for row in dropped))
-
-
-def final_metrics(log: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the first and last held-out metrics, and the last of training, without the clock's numbers."""
-    held_out = [entry for entry in log if "eval_loss" in entry]
-    training = [entry for entry in log if "loss" in entry]
-    clock = ("runtime", "per_second", "epoch", "step")
-    found = {}
-    for name, entries in (("before", held_out[:1]), ("after", held_out[-1:]), ("training", training[-1:])):
-        found[name] = {
-            key.removeprefix("eval_"): value
-            for entry in entries
-            for key, value in entry.items()
-            if not any(word in key for word in clock)
-        }
-    return found
-
-
-def model_card(record: dict[str, Any], args: Any) -> str:
-    """Return the README.md of the trained weights: what was trained on what, with what result."""
-    metrics = record["metrics"]
-    lines = [
-        "---",
-        f"base_model: {args.model.model_name_or_path}",
-        f"library_name: {'peft' if args.peft.peft != 'none' else 'transformers'}",
-        f"tags: [{args.recipe}, plumbline]",
-        "---",
-        f"# {Path(args.train.output_dir).name}",
-        "",
-        f"`{args.model.model_name_or_path}` trained with {args.recipe.upper()}, PEFT: {args.peft.peft}, "
-        f"{record['steps']} steps, {record['status']}.",
-        "",
-        "| held-out rows | before | after |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {metrics['before'].get(name, float('nan')):.4f} | {metrics['after'][name]:.4f} |"
-            for name in HEADLINE[record["identity"]["form"]]
-            if name in metrics["after"]
-        ),
-        "",
-        "| data | rows read | trained on | dropped |",
-        "|---|---|---|---|",
-        *(
-            f"| {source} | {a['read']} | {a['train']} | {sum(d['rows'] for d in a['dropped'].values())} |"
-            for source, a in record["ledger"]["sources"].items()
-        ),
-        "",
-        "![curves](curves.png)",
-        "",
-        f"Command: `{record['command']}`. Every value and where it came from is in `run.json`.",
-        "",
-        ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def conclude(console: Console, record: dict[str, Any], rows: Tokenized, folder: Path) -> None:
-    """Print what changed on the held-out rows, what was computed, and what to do next."""
-    metrics = record["metrics"]
-    if metrics["after"]:
-        table = Table(title=f"Held-out rows ({rows.ledger.rows('test'):,})")
-        for head in ("metric", "before", "after"):
-            table.add_column(head, justify="left" if head == "metric" else "right")
-        for name in HEADLINE[rows.form]:
-            if name in metrics["after"]:
-                before = metrics["before"].get(name)
-                table.add_row(name, "" if before is None else f"{before:.3f}", f"{metrics['after'][name]:.3f}")
-        console.print(table)
-    pad = rows.ledger.pad.get("train")
-    if pad:
-        console.print(f"{pad[0]:,} tokens computed for {pad[1]:,} real ones ({pad[0] / max(pad[1], 1):.2f} x)")
-    console.print(f"{record['steps']} steps in {record['seconds']:.0f} s; weights, run.json and curves.png in {folder}")
-    if record["status"] == "interrupted":
-        words = [w for w in sys.argv if not w.startswith("--resume_from_checkpoint")]
-        console.print(f"To go on: accelerate launch {shlex.join(words)} --resume_from_checkpoint last", soft_wrap=True)
-    elif rows.form != "reward":
-        console.print(
-            f"To measure it: accelerate launch eval/generate.py --model {folder} --data data/tiny/prompts "
-            f"--output {folder}/generate.json",
-            soft_wrap=True,
-        )
 
 
 class Progress(TrainerCallback):
@@ -316,10 +236,14 @@ class Progress(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Turns Ctrl-C and SIGTERM into a checkpoint after the current step; a second signal ends at once."""
+    """Turns Ctrl-C and SIGTERM into a checkpoint after the current step; a second one, seconds later, ends at once.
 
-    def __init__(self, folder: Path):
-        self.folder, self.name, self.before = folder, "", {}
+    Attributes:
+        name: of the signal, or empty. stopped: the run ended before its last step because of it.
+    """
+
+    def __init__(self):
+        self.name, self.stopped, self.before, self.at = "", False, {}, 0.0
 
     def __enter__(self) -> "StopOnSignal":
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -332,11 +256,17 @@ class StopOnSignal(TrainerCallback):
 
     def _caught(self, number: int, frame: Any) -> None:
         if self.name:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+            if time.monotonic() - self.at > _ECHO:
+                raise KeyboardInterrupt
+            return
+        self.name, self.at = signal.Signals(number).name, time.monotonic()
         tqdm.write(f"{self.name}: saving after this step; once more to end at once", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint and the end, when a signal came."""
-        if self.name:
-            control.should_save = control.should_training_stop = True
+        """Ask for a checkpoint and the end when a signal came, to this process or to another."""
+        if args.world_size > 1:
+            came = torch.tensor(float(bool(self.name)), device=args.device)
+            torch.distributed.all_reduce(came, torch.distributed.ReduceOp.MAX)
+            self.name = self.name or ("a signal to another process" if came.item() else "")
+        if self.name and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True

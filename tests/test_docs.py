@@ -81,6 +81,7 @@ def stop_after_parsing(patch):
         raise Parsed
 
     patch.setattr(config, "parse", parse_and_stop)
+    patch.setattr(config, "open_run", lambda args: None)  # a reader's outputs/ must not decide
     patch.setattr(argparse.ArgumentParser, "parse_known_args", known_and_stop)
     patch.setattr(sys, "excepthook", sys.__excepthook__)
     patch.chdir(ROOT)
