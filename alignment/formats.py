@@ -4,6 +4,7 @@
 inside a row is not this module's business: `problems` says it about the converted row.
 """
 
+import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,13 @@ CORE = {
     "unpaired_preference": ("prompt", "completion", "label"),
     "prompt": ("prompt",),
 }
+# What of these a row cannot do without: one of the sets.
+NEEDED = {
+    "sft": ({"messages"}, {"prompt", "completion"}, {"text"}),
+    "preference": ({"chosen", "rejected"},),
+    "unpaired_preference": ({"prompt", "completion", "label"},),
+    "prompt": ({"prompt"},),
+}
 # Names that TRL gives a meaning to: they never ride along as a spare column.
 MEANT_BY_TRL = {"messages", "prompt", "completion", "chosen", "rejected", "text", "label", "images", "image"}
 RECIPE = {
@@ -60,6 +68,13 @@ WANTS = {
     "preference": "prompt, chosen and rejected",
     "unpaired_preference": "prompt, completion and label (or messages and label)",
     "prompt": "prompt (or messages, or question)",
+}
+# The shapes that can become the rows of a kind.
+FITS = {
+    "sft": ("chat", "answer", "text"),
+    "preference": ("pair",),
+    "unpaired_preference": ("thumb", "pair"),
+    "prompt": ("prompt", "pair", "thumb", "answer", "chat"),
 }
 
 
@@ -89,6 +104,17 @@ def recognise(columns: list[str], samples: list[dict], kind: str) -> Format | No
         samples: a few rows; they decide between text and lists of messages.
         kind: what the rows are wanted for; with "prompt", a column `prompt` is enough.
     """
+    form = by_columns(columns, samples, kind)
+    if form is None or form.shape in FITS[kind]:
+        return form
+    # prompt, choosen, rejected: a name that is misspelt, and no rows for another recipe
+    absent = [name for name in CORE[kind] if name not in columns]
+    spare = [name for name in columns if name not in form.columns]
+    return None if any(difflib.get_close_matches(name, absent, cutoff=0.75) for name in spare) else form
+
+
+def by_columns(columns: list[str], samples: list[dict], kind: str) -> Format | None:
+    """Return the first format that finds its columns, whatever the rows are wanted for."""
     have = set(columns)
     turns = next((c for c in CONVERSATIONS if c in have), "")
     question = next((c for c in PROMPTS if c in have), "")
@@ -107,13 +133,9 @@ def recognise(columns: list[str], samples: list[dict], kind: str) -> Format | No
         return Format("thumbs up or down", "thumb", columns, lambda r: read_thumb(r, question, answer))
     if turns:
         style = "messages" if turns == "messages" else "ShareGPT conversations"
-        return Format(
-            style, "chat", pick(have, turns, "system"), lambda r: {"messages": read_turns(r.get(turns), r)}
-        )
+        return Format(style, "chat", pick(have, turns, "system"), lambda r: {"messages": read_turns(r.get(turns), r)})
     if kind == "prompt" and "prompt" in have and "completion" not in have:
-        return Format(
-            "prompts", "prompt", ("prompt",), lambda r: {"prompt": as_side(r.get("prompt"), "user")}
-        )
+        return Format("prompts", "prompt", ("prompt",), lambda r: {"prompt": as_side(r.get("prompt"), "user")})
     if question == "instruction" and answer:
         used = pick(have, "instruction", "input", "context", answer, "system", "history")
         return Format("Alpaca rows", "chat", used, lambda r: {"messages": read_alpaca(r, answer)})
@@ -122,9 +144,7 @@ def recognise(columns: list[str], samples: list[dict], kind: str) -> Format | No
     if "text" in have:
         return Format("plain text", "text", ("text",), lambda r: {"text": r.get("text")})
     if question:
-        return Format(
-            "prompts", "prompt", (question,), lambda r: {"prompt": as_side(r.get(question), "user")}
-        )
+        return Format("prompts", "prompt", (question,), lambda r: {"prompt": as_side(r.get(question), "user")})
     return None
 
 
@@ -136,13 +156,9 @@ def pick(have: set[str], *names: str) -> tuple[str, ...]:
 def answer_format(have: set[str], question: str, answer: str) -> Format:
     """Return the format of rows with a question and its answer in two columns."""
     if question == "prompt":
-        return Format(
-            "prompts and completions", "answer", (question, answer), lambda r: read_answer(r, answer)
-        )
+        return Format("prompts and completions", "answer", (question, answer), lambda r: read_answer(r, answer))
     used = pick(have, question, answer, "system")
-    return Format(
-        "questions and answers", "chat", used, lambda r: {"messages": read_question(r, question, answer)}
-    )
+    return Format("questions and answers", "chat", used, lambda r: {"messages": read_question(r, question, answer)})
 
 
 def pair_format(have: set[str], samples: list[dict], turns: str, question: str) -> Format | None:
@@ -155,9 +171,7 @@ def pair_format(have: set[str], samples: list[dict], turns: str, question: str) 
         words = "preference pairs with the prompt inside" + (" (Human: … Assistant: …)" if marked else "")
         return Format(words, "pair", both, read_shared_prefix)
     if turns:
-        return Format(
-            "preference pairs on conversations", "pair", (turns, *both), lambda r: read_pair_chat(r, turns)
-        )
+        return Format("preference pairs on conversations", "pair", (turns, *both), lambda r: read_pair_chat(r, turns))
     if question == "instruction":
         used = (*pick(have, "instruction", "input", "context", "system", "history"), *both)
         return Format("preference pairs on Alpaca instructions", "pair", used, read_pair_alpaca)
@@ -205,9 +219,7 @@ def read_pair(row: dict, question: str) -> dict:
     """Return prompt, chosen and rejected from three columns, as turns when one of them is turns."""
     prompt, sides = row.get(question), [row.get("chosen"), row.get("rejected")]
     system = row.get("system")
-    chat = any(isinstance(v, list | dict) for v in (prompt, *sides)) or bool(
-        isinstance(system, str) and system.strip()
-    )
+    chat = any(isinstance(v, list | dict) for v in (prompt, *sides)) or bool(isinstance(system, str) and system.strip())
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     prompt = read_turns(prompt, row) if chat else prompt
@@ -235,12 +247,8 @@ def read_shared_prefix(row: dict) -> dict:
         if one != other:
             break
         shared += 1
-    while (
-        shared and roles_of(sides[0])[shared - 1] == "assistant" and shared in (len(sides[0]), len(sides[1]))
-    ):
-        shared -= (
-            1  # one is the beginning of the other, or both are equal: the last answer still is an answer
-        )
+    while shared and roles_of(sides[0])[shared - 1] == "assistant" and shared in (len(sides[0]), len(sides[1])):
+        shared -= 1  # one is the beginning of the other, or both are equal: the last answer still is an answer
     return {"prompt": sides[0][:shared], "chosen": sides[0][shared:], "rejected": sides[1][shared:]}
 
 
@@ -269,9 +277,7 @@ def convert(row: dict, form: Format, kind: str) -> dict:
         InputError: rows of this shape cannot be used for this kind (the same for every row of the source).
     """
     core = reshape(form.read(row), form, kind)
-    spare = {
-        k: v for k, v in row.items() if k not in form.columns and k not in MEANT_BY_TRL and k not in core
-    }
+    spare = {k: v for k, v in row.items() if k not in form.columns and k not in MEANT_BY_TRL and k not in core}
     if isinstance(spare.get("tools"), list):
         spare["tools"] = json.dumps(spare["tools"], ensure_ascii=False)
     return core | spare
@@ -280,22 +286,16 @@ def convert(row: dict, form: Format, kind: str) -> dict:
 def reshape(core: dict, form: Format, kind: str) -> dict:
     """Turn one shape into the row of a kind, where that makes sense."""
     shape = form.shape
-    if kind == "sft" and shape in ("chat", "answer", "text"):
+    if shape not in FITS[kind]:
+        raise InputError(
+            f"{form.name} cannot be used here",
+            why=f"this recipe wants {WANTS[kind]}",
+            fix=RECIPE[shape],
+        )
+    if kind == "sft":
         joined = shape == "answer" and is_chat(core)
         return {"messages": core["prompt"] + core["completion"]} if joined else core
-    if (kind, shape) in (
-        ("preference", "pair"),
-        ("unpaired_preference", "thumb"),
-        ("unpaired_preference", "pair"),
-    ):
-        return core
-    if kind == "prompt" and shape in ("prompt", "pair", "thumb", "answer", "chat"):
-        return prompt_only(core, shape)
-    raise InputError(
-        f"{form.name} cannot be used here",
-        why=f"this recipe wants {WANTS[kind]}",
-        fix=RECIPE[shape],
-    )
+    return prompt_only(core, shape) if kind == "prompt" else core
 
 
 def prompt_only(core: dict, shape: str) -> dict:

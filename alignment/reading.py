@@ -10,6 +10,7 @@ from alignment.errors import InputError, nearest
 from alignment.files import Broken, kind_of
 from alignment.formats import (
     CORE,
+    NEEDED,
     Format,
     convert,
     core_columns,
@@ -113,13 +114,9 @@ def announce(table: Rows, form: Format | None, columns: list[str], kind: str, no
         return
     if kind == "unpaired_preference" and form.shape == "pair":
         n = len(table.rows)
-        notes.append(
-            f"{name}: {n:,} {form.name} ({', '.join(form.columns)}) read as {2 * n:,} rows with a thumb"
-        )
+        notes.append(f"{name}: {n:,} {form.name} ({', '.join(form.columns)}) read as {2 * n:,} rows with a thumb")
     else:
-        notes.append(
-            f"{name}: {form.name} ({', '.join(form.columns)}) read as {', '.join(got) or ', '.join(row)}"
-        )
+        notes.append(f"{name}: {form.name} ({', '.join(form.columns)}) read as {', '.join(got) or ', '.join(row)}")
 
 
 def harmonise(tables: list[Rows], notes: list[str]) -> None:
@@ -144,9 +141,7 @@ def harmonise(tables: list[Rows], notes: list[str]) -> None:
             table.rows = [[to_chat(row)] for (row,) in table.rows]
 
 
-def check_rows(
-    table: Rows, kind: str, to_row: ToRow | None, notes: list[str], alternate: bool = False
-) -> None:
+def check_rows(table: Rows, kind: str, to_row: ToRow | None, notes: list[str], alternate: bool = False) -> None:
     """Validate every row, unpair, apply `to_row`; rows with problems move to `bad`."""
     if kind == "unpaired_preference" and kind_of(Path(table.part.where)) in (".csv", ".tsv"):
         read_labels(table, notes)
@@ -179,7 +174,7 @@ def finish(
         return found, []
     made = []
     for one in unpair(row) if pair else [row]:
-        out = one if to_row is None else apply(to_row, one, kind, table.part.where)
+        out = one if to_row is None else apply(to_row, one, kind, table)
         if out is not one:
             found += problems(out, kind, alternate)
         marks = {"source": row["source"], "row": row["row"]}
@@ -194,14 +189,15 @@ def stays(column: str, value: Any, before: dict, kind: str, to_row: ToRow | None
     return to_row is not None and (column not in before or before[column] is not value)
 
 
-def apply(to_row: ToRow, row: dict, kind: str, where: str) -> dict:
+def apply(to_row: ToRow, row: dict, kind: str, table: Rows) -> dict:
     """Run the recipe's row function; a column it misses becomes an InputError."""
-    columns = [c for c in row if c not in ("source", "row")]
+    columns, where = [c for c in row if c not in ("source", "row")], table.part.where
     try:
         out = to_row(dict(row))
     except KeyError as error:
         raise unknown_columns(columns, kind, f"{where}, asked for {error} by {to_row.__name__}") from error
-    if not isinstance(out, dict) or not any(c in out for c in CORE[kind]):
+    fits = isinstance(out, dict) and any(c in out for c in CORE[kind])
+    if not fits or not (table.recognised or any(out.keys() >= needed for needed in NEEDED[kind])):
         raise unknown_columns(columns, kind, f"{where}, after {to_row.__name__}")
     return out
 

@@ -163,6 +163,19 @@ def test_columns_of_no_format_name_what_there_is_and_the_nearest():
     assert "promt: prompt" in error.fix and "chosn: chosen" in error.fix
 
 
+@pytest.mark.parametrize(
+    ("kind", "columns", "near"),
+    [
+        ("preference", ["prompt", "choosen", "rejected"], "choosen: chosen"),
+        ("unpaired_preference", ["prompt", "completion", "lable"], "lable: label"),
+        ("sft", ["prompt", "completions"], "completions: completion"),
+    ],
+)
+def test_a_misspelt_column_is_named_and_not_another_recipe(kind, columns, near):
+    assert recognise(columns, [{}], kind) is None
+    assert near in unknown_columns(columns, kind, "x.jsonl").fix
+
+
 def test_spare_columns_ride_along_but_never_under_a_name_trl_reads():
     got = read({"messages": CHAT, "prompt": "x", "task": "t", "tools": [{"name": "f"}]}, "sft")
     assert got == {"messages": CHAT, "task": "t", "tools": '[{"name": "f"}]'}
