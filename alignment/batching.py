@@ -72,7 +72,7 @@ class PackedCollator:
 
 
 @torch.no_grad()
-def packing_error(model, length: int = 12) -> float:
+def packing_error(model: Any, length: int = 12) -> float:
     """Return max |logit difference| of two sequences packed into one row and run apart, on this model as it is.
 
     Exact packing gives rounding noise (7e-7 in float32 on sdpa); sequences that see each other give about 1.
@@ -90,7 +90,7 @@ def packing_error(model, length: int = 12) -> float:
     return (packed.float() - apart.float()).abs().max().item()
 
 
-def packs_exactly(model) -> bool:
+def packs_exactly(model: Any) -> bool:
     """Say whether packed rows give what separate rows give, by trying it (flash attention is taken at its word)."""
     if "flash" in (model.config._attn_implementation or ""):
         return True

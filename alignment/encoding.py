@@ -154,7 +154,7 @@ def _prompt_and_answers(row: dict, keys: tuple[str, ...], rules: Rules) -> dict[
         item[f"{key}_ids"] = chat.input_ids[start:]
         for name, count in _turns(chat).items():
             item[name] = item.get(name, 0) + count
-    if any(prompt != prompts[0] for prompt in prompts):
+    if not item.get("fault") and any(prompt != prompts[0] for prompt in prompts):
         item["fault"] = "the chat template shows the prompt in another way for each answer"
     return item | {"prompt_ids": prompts[0]}
 

@@ -46,13 +46,13 @@ class Encoded:
     escaped: int = 0
 
 
-def special_tokens(tokenizer) -> list[str]:
+def special_tokens(tokenizer: Any) -> list[str]:
     """Return the spellings that the tokenizer turns into control tokens, longest first."""
     found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted(found | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
-def stop_ids(tokenizer, generation_config=None) -> set[int]:
+def stop_ids(tokenizer: Any, generation_config: Any = None) -> set[int]:
     """Return the ids at which generation stops: those of the generation config, else the tokenizer's eos token."""
     eos = generation_config.eos_token_id if generation_config is not None else None
     if eos is None:
@@ -60,7 +60,7 @@ def stop_ids(tokenizer, generation_config=None) -> set[int]:
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 
-def load_template(tokenizer, path: str) -> None:
+def load_template(tokenizer: Any, path: str) -> None:
     """Give the tokenizer the chat template of a jinja file.
 
     Raises:
@@ -93,7 +93,9 @@ class ChatEncoder:
         InputError: on first use, when there is no chat template or it refuses a conversation.
     """
 
-    def __init__(self, tokenizer, generation_config=None, chat_template_kwargs: dict[str, Any] | None = None):
+    def __init__(
+        self, tokenizer: Any, generation_config: Any = None, chat_template_kwargs: dict[str, Any] | None = None
+    ):
         self.tokenizer = tokenizer
         self.kwargs = chat_template_kwargs or {}
         self.specials = special_tokens(tokenizer)
