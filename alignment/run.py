@@ -139,6 +139,7 @@ def train(trainer: Any, folder: Path, checkpoint: str | None, rows: Tokenized, r
     """
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
+    trainer.create_model_card = lambda *args, **kwargs: None  # TRL's, with each checkpoint; ours comes at the end
     stop, began = StopOnSignal(), time.time()
     for callback in (Progress(HEADLINE[rows.form]), stop, Seal()):
         trainer.add_callback(callback)

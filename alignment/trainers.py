@@ -16,9 +16,27 @@ import peft
 import torch
 import trl
 from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from alignment.batching import PackedCollator, TokenCount, kl_completions, narrow, packs_exactly
 from alignment.errors import InputError
+
+
+class Order(TrainerCallback):
+    """The random numbers of the order of rows, a function of seed and epoch alone.
+
+    transformers' sampler by length draws from the global ones, which a run that goes on in the middle of an epoch does
+    not have any more: it would see some rows twice and others never.
+    """
+
+    def __init__(self):
+        self.generator = torch.Generator()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seed them for the epoch that begins, or is gone on with."""
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.generator.manual_seed(seed + math.floor(state.epoch or 0))
 
 
 class Frugal:
@@ -35,6 +53,14 @@ class Frugal:
         super()._set_signature_columns_if_needed()
         if "length" not in self._signature_columns:
             self._signature_columns.append("length")
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            order = Order()
+            self.add_callback(order)
+            sampler.generator = order.generator
+        return sampler
 
     def _watch(self, notes: list[str]) -> None:
         """Wrap the forward passes; call it once the trainer is built."""

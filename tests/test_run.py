@@ -117,7 +117,7 @@ def test_overwriting_keeps_the_earlier_run_until_the_new_one_has_finished(monkey
     assert (aside / "generate.json").is_file() and (aside / "checkpoint-4").is_dir()
     assert all(torch.equal(value, weights(aside)[name]) for name, value in first.items())
     assert sorted(file.name for file in folder.iterdir()) == [
-        "checkpoint-1", "earlier_run_1", "notes.txt", "run.json",
+        "checkpoint-1", "earlier_run_1", "metrics.json", "notes.txt", "run.json",
     ]  # fmt: skip
     start(monkeypatch, "sft", *again)
     assert record(folder)["status"] == "finished" and record(folder)["steps"] == 2
@@ -162,9 +162,7 @@ def test_saved_weights_answer_as_the_trained_ones(monkeypatch, tmp_path, flags, 
 
 @pytest.mark.parametrize("peft", ["none", "lora"])
 def test_saved_reward_model_scores_as_the_trained_one(monkeypatch, tmp_path, flags, peft):
-    check_reload(
-        monkeypatch, tmp_path, flags("reward", "out", f"--peft={peft}", "--max_steps=3"), "reward", "sequence"
-    )
+    check_reload(monkeypatch, tmp_path, flags("reward", "out", f"--peft={peft}", "--max_steps=3"), "reward", "sequence")
 
 
 def check_reload(monkeypatch, tmp_path, words, recipe, head):
@@ -230,6 +228,8 @@ def test_interrupted_and_resumed_is_never_stopped(monkeypatch, tmp_path, flags, 
     whole, resumed = record(tmp_path / "whole"), record(parts)
     assert resumed["status"] == "finished" and resumed["steps"] == 8
     assert resumed["metrics"]["before"] == whole["metrics"]["before"] != {}
+    for part in (whole, resumed):
+        del part["metrics"]["after"]["num_tokens"]  # TRL counts from where it went on
     assert resumed["metrics"]["after"] == whole["metrics"]["after"]
     assert resumed["identity"] == whole["identity"]
 
@@ -269,12 +269,12 @@ def template(folder):
     from conftest import CHATML
 
     file = folder / "other.jinja"
-    file.write_text(CHATML.replace("<|im_start|>' +", "<|im_start|>the ' +"), encoding="utf-8")
+    file.write_text(CHATML + "{# other #}", encoding="utf-8")
     return file
 
 
 def test_damaged_newest_checkpoint_is_passed_over(monkeypatch, tmp_path, flags, capsys):
-    more = ["--save_strategy=steps", "--save_steps=2"]
+    more = ["--save_strategy=steps", "--save_steps=2", "--save_total_limit=2"]
     start(monkeypatch, "sft", *flags("sft", "out", *more, "--max_steps=4"))
     file = tmp_path / "out" / "checkpoint-4" / "model.safetensors"
     data = bytearray(file.read_bytes())

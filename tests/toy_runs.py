@@ -13,7 +13,7 @@ import torch
 from alignment import config, run
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "river boat rain mill fox dog letter number seven twelve forty large small old lazy quick".split()
+WORDS = ("river", "boat", "rain", "mill", "fox", "dog", "letter", "number", "seven", "twelve", "old", "lazy")
 RECIPES = ("sft", "dpo", "kto", "reward")
 SETTINGS = [
     "--test_size=0", "--eval_strategy=no", "--no_eval_on_start", "--per_device_train_batch_size=4", "--max_steps=8",
