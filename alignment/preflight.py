@@ -128,7 +128,12 @@ def _answers(rows: Tokenized) -> list[Finding]:
                 Finding(
                     "error",
                     f"{open_ended:,} of {turns:,} answers end in no token that generation stops at ({names})",
-                    "a chat template that ends answers with one: --chat_template_path data/chat_templates/plain.jinja",
+                    "a chat template that ends answers with one: "
+                    + (
+                        "--chat_template_path data/chat_templates/plain.jinja"
+                        if rows.form == "sft"
+                        else "train with recipes/sft.py --chat_template_path data/chat_templates/plain.jinja first"
+                    ),
                 )
             )
         else:
