@@ -8,8 +8,6 @@ To make it yours, edit DEFAULTS and `to_pair`, or give a YAML with the same keys
 Then measure what it did: accelerate launch eval/generate.py --model outputs/dpo --data data/tiny/prompts
 """
 
-from trl import DPOConfig
-
 from alignment.config import parse
 from alignment.data import load_splits
 
@@ -49,13 +47,14 @@ def to_pair(row):
 
 def main():
     """Read the arguments, load pairs and model, train."""
-    args = parse(DPOConfig, DEFAULTS)
+    from trl import DPOConfig
 
     from alignment.models import load_model
     from alignment.run import run
     from alignment.tokenization import tokenize
     from alignment.trainers import DPOTrainer
 
+    args = parse(DPOConfig, DEFAULTS)
     splits = load_splits(args, "preference", to_pair)
     loaded = load_model(args)
     rows = tokenize(splits, loaded, args, "dpo")

@@ -8,8 +8,6 @@ To make it yours, edit DEFAULTS and `to_thumb`, or give a YAML with the same key
 Then measure what it did: accelerate launch eval/generate.py --model outputs/kto --data data/tiny/prompts
 """
 
-from trl import KTOConfig
-
 from alignment.config import parse
 from alignment.data import load_splits
 
@@ -48,13 +46,14 @@ def to_thumb(row):
 
 def main():
     """Read the arguments, load thumbs and model, train."""
-    args = parse(KTOConfig, DEFAULTS)
+    from trl import KTOConfig
 
     from alignment.models import load_model
     from alignment.run import run
     from alignment.tokenization import tokenize
     from alignment.trainers import KTOTrainer
 
+    args = parse(KTOConfig, DEFAULTS)
     splits = load_splits(args, "unpaired_preference", to_thumb)
     loaded = load_model(args)
     rows = tokenize(splits, loaded, args, "kto")

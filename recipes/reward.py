@@ -8,8 +8,6 @@ To make it yours, edit DEFAULTS and `to_pair`, or give a YAML with the same keys
 Its held-out pair accuracy is printed at the end, and is in outputs/reward/run.json.
 """
 
-from trl import RewardConfig
-
 from alignment.config import parse
 from alignment.data import load_splits
 
@@ -49,13 +47,14 @@ def to_pair(row):
 
 def main():
     """Read the arguments, load pairs and model, train."""
-    args = parse(RewardConfig, DEFAULTS)
+    from trl import RewardConfig
 
     from alignment.models import load_model
     from alignment.run import run
     from alignment.tokenization import tokenize
     from alignment.trainers import RewardTrainer
 
+    args = parse(RewardConfig, DEFAULTS)
     splits = load_splits(args, "preference", to_pair)
     loaded = load_model(args, head="sequence")
     rows = tokenize(splits, loaded, args, "reward")

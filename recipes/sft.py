@@ -8,8 +8,6 @@ To make it yours, edit DEFAULTS and `to_chat`, or give a YAML with the same keys
 Then measure what it did: accelerate launch eval/generate.py --model outputs/sft --data data/tiny/prompts
 """
 
-from trl import SFTConfig
-
 from alignment.config import parse
 from alignment.data import load_splits
 
@@ -50,13 +48,14 @@ def to_chat(row):
 
 def main():
     """Read the arguments, load rows and model, train."""
-    args = parse(SFTConfig, DEFAULTS)
+    from trl import SFTConfig
 
     from alignment.models import load_model
     from alignment.run import run
     from alignment.tokenization import tokenize
     from alignment.trainers import SFTTrainer
 
+    args = parse(SFTConfig, DEFAULTS)
     splits = load_splits(args, "sft", to_chat)
     loaded = load_model(args)
     rows = tokenize(splits, loaded, args, "sft")
