@@ -19,14 +19,13 @@ PROBES = (
     "Write a short letter to a friend about the weather in spring, and end it with a question.",
     "def area(width, height):\n    return width * height\n",
 )
-# Bounds on the difference: rounding of merged weights stays far below them, a wrong merge far above.
+# Bounds on the difference: rounding of merged weights stays far below them, a wrong merge far above. Equal
+# first choices alone say little: a model that is unsure changes some of them at a KL of 2e-5.
 MAX_KL = 0.02
-MIN_AGREEMENT = 0.97
+MIN_AGREEMENT = 0.9
 
 
-def merge_in_memory(
-    path: str | Path, dtype: str | torch.dtype, options: dict | None = None
-) -> PreTrainedModel:
+def merge_in_memory(path: str | Path, dtype: str | torch.dtype, options: dict | None = None) -> PreTrainedModel:
     """Return the base of an adapter folder with the adapter added to its weights, in `dtype`.
 
     The sum is taken in 32 bits and rounded once.
@@ -39,11 +38,17 @@ def merge_in_memory(
     return merged.requires_grad_(True)  # PEFT froze it
 
 
-def merge(path: str | Path, out: str | Path, say: Callable[[str], None] = print) -> dict[str, float]:
+def merge(
+    path: str | Path,
+    out: str | Path,
+    say: Callable[[str], None] = print,
+    dtype: torch.dtype | None = None,
+) -> dict[str, float]:
     """Write the merged model and its tokenizer to a new folder, and return how far it is from the adapter.
 
+    It is written in `dtype`, or in the type the base is stored in. The folder appears complete or not at all.
     The result is {"max_difference": of logits, "kl": mean per token in nats, "agreement": share of equal
-    first choices} over a few probe texts. The folder appears complete or not at all.
+    first choices} over a few probe texts.
 
     Raises:
         InputError: no adapter, a method without a merge, `out` exists, or the merged model differs too much.
@@ -52,11 +57,10 @@ def merge(path: str | Path, out: str | Path, say: Callable[[str], None] = print)
     if not is_adapter(path):
         raise InputError(f"no adapter at {path}", where=str(path), fix="give the output folder of a PEFT run")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(
-            f"{out} exists", where="--out", why="it would be overwritten", fix="name a new folder"
-        )
+        raise InputError(f"{out} exists", where="--out", why="it would be overwritten", fix="name a new folder")
     tokenizer = load_tokenizer(path)
     model, own = _adapted(path)
+    own = dtype or own
     set_padding(model, tokenizer)
     before = probe(model, tokenizer)
     merged = model.merge_and_unload(safe_merge=True).to(own)
@@ -125,9 +129,7 @@ def difference(one: list[torch.Tensor], two: list[torch.Tensor]) -> dict[str, fl
     """Return the largest difference of logits, mean KL(one ‖ two) in nats, share of equal first choices."""
     first, second = torch.cat(one), torch.cat(two)
     largest = (first - second).abs().max().item()
-    if (
-        first.shape[-1] == 1
-    ):  # one score per text: no distribution to compare, so the scores must agree themselves
+    if first.shape[-1] == 1:  # one score per text: no distribution to compare, so the scores must agree themselves
         scale = first.abs().mean().clamp(min=1.0).item()
         return {"max_difference": largest, "kl": (largest / scale) ** 2, "agreement": 1.0}
     p, q = first.log_softmax(-1), second.log_softmax(-1)

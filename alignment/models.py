@@ -119,9 +119,7 @@ def _dtype(args: Arguments, name: str) -> str | torch.dtype:
     return "auto" if torch.cuda.is_available() and not args.train.use_cpu else "float32"
 
 
-def _with_new_adapter(
-    args: Arguments, name: str, loaded: LoadedModel, head: str, new: list[str]
-) -> LoadedModel:
+def _with_new_adapter(args: Arguments, name: str, loaded: LoadedModel, head: str, new: list[str]) -> LoadedModel:
     """Complete a loaded model: padding, values of the method, the configuration of its adapter."""
     check_vocabulary(loaded.model, loaded.tokenizer, args.model.model_name_or_path)
     if name == "none" and "quantization_config" in vars(loaded.model.config):
@@ -231,4 +229,5 @@ def save_base(loaded: LoadedModel, output_dir: str | Path) -> None:
     """Write the merged base next to its new adapter; call it on one process, before training."""
     target = Path(output_dir) / "base_model"
     if loaded.merged_from and not target.exists():
-        merge(loaded.merged_from, target, say=lambda text: None)
+        # in the type it is trained on: rounded, it would be another model than the one the adapter learns on
+        merge(loaded.merged_from, target, say=lambda text: None, dtype=loaded.model.dtype)
