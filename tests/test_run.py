@@ -322,10 +322,11 @@ def wait_for_step(process, text):
 
 
 @pytest.mark.slow
-def test_ctrl_c_as_a_user_types_it_and_the_command_that_is_printed(tmp_path, flags):
+@pytest.mark.parametrize("hardware", [[], ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]])
+def test_ctrl_c_as_a_user_types_it_and_the_command_that_is_printed(tmp_path, flags, hardware):
     words = ["recipes/sft.py", *flags("sft", "out", "--max_steps=400", "--logging_steps=1")]
     process = subprocess.Popen(
-        command_line(words), cwd=ROOT, env=environment(), text=True, start_new_session=True,
+        command_line(words, *hardware), cwd=ROOT, env=environment(), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     wait_for_step(process, "step     2/400")
@@ -336,7 +337,7 @@ def test_ctrl_c_as_a_user_types_it_and_the_command_that_is_printed(tmp_path, fla
     stopped = record(tmp_path / "out")
     assert stopped["status"] == "interrupted" and stopped["signal"] == "SIGINT"
     again = shlex.split(said.removeprefix("To go on: "))
-    assert again[:2] == ["accelerate", "launch"]
+    assert again[: 2 + len(hardware)] == ["accelerate", "launch", *hardware]
     again[0] = command_line([])[0]
     again += ["--max_steps", str(stopped["steps"] + 2)]
     done = subprocess.run(again, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
