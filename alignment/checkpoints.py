@@ -56,9 +56,7 @@ def load_tokenizer(
             why="text cannot be turned into this model's token ids without its own tokenizer",
             fix="copy the model's tokenizer.json and tokenizer_config.json there",
         )
-    tokenizer = AutoTokenizer.from_pretrained(
-        str(path), revision=revision, trust_remote_code=trust_remote_code
-    )
+    tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None and tokenizer.eos_token is None:
         raise InputError(
             f"the tokenizer of {path} has neither a padding nor an end token",
@@ -221,8 +219,7 @@ def _check_report(model: PreTrainedModel, report: dict, path: str | Path, new_he
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
     if missing or mismatched:
         raise InputError(
-            f"the weights in {path} do not fill the model: {len(missing)} missing, "
-            f"{len(mismatched)} of another shape",
+            f"the weights in {path} do not fill the model: {len(missing)} missing, {len(mismatched)} of another shape",
             where=(missing + mismatched)[0],
             why="they would stay random and the model would only look like it was loaded",
             fix="check that config.json belongs to these weights",
@@ -364,6 +361,8 @@ def load_checkpoint(
 
     quantization = nf4() if load_in_4bit else None
     options = {"dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
+    if not is_adapter(path):
+        check_model(path)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     if is_adapter(path):
         base, _ = load_base(find_base(path), head, **options)

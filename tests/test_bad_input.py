@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from conftest import ROOT
-from test_recipes import few_rows, launch
+from test_recipes import few_rows, launch, script
 
 from alignment.errors import InputError
 
@@ -237,6 +237,13 @@ def test_a_loss_that_is_no_number_never_reaches_the_folder(tmp_path):
         launch("sft", "--data", few_rows("sft", tmp_path), "--test_size", 0, "--output_dir", tmp_path / "out",
                "--model_name_or_path", tmp_path / "broken")  # fmt: skip
     assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["data/tiny/modle", "outputs/nowhere/sft"])
+def test_a_model_to_measure_that_is_not_there(name, tmp_path):
+    with pytest.raises(InputError, match=f"no model folder at {name}"):
+        script(ROOT / "eval" / "generate.py", "--model", name, "--output", tmp_path / "a.json", "--limit", 2)
+    assert not (tmp_path / "a.json").exists()
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "kto", "reward"])

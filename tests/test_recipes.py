@@ -175,39 +175,46 @@ def learnt(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def measured(learnt, tmp_path_factory):
+    """What eval/generate.py says of the base and of the models made from it: name -> metric -> value."""
+    out = tmp_path_factory.mktemp("measured")
+    models = [f"base={ROOT / 'data/tiny/model'}", *(learnt / name for name in ("sft", "dpo", "kto"))]
+    script(ROOT / "eval" / "generate.py", "--model", *models, "--output", out, "--max_new_tokens", 24)
+    found = {file.stem: json.loads(file.read_text())["metrics"] for file in out.glob("*.json")}
+    return {name: {key: metric["value"] for key, metric in metrics.items()} for name, metrics in found.items()}
+
+
 @pytest.mark.slow
-def test_sft_teaches_to_answer_and_to_stop(learnt):
+def test_sft_teaches_to_answer_and_to_stop(learnt, measured):
     before, after = held_out(learnt / "sft", "loss")
-    assert after < 0.3 * before
+    assert after < 0.4 * before
     before, after = held_out(learnt / "sft", "mean_token_accuracy")
-    assert before < 0.5 and after > before + 0.3
-    result = generate(learnt / "sft")["metrics"]
-    assert result["stopped"]["value"] > 0.95
-    assert result["score"]["value"] > 0.25
+    assert after > before + 0.2
+    assert measured["base"]["score"] < 0.02
+    assert measured["sft"]["score"] > measured["base"]["score"] + 0.04
+    assert measured["sft"]["stopped"] > 0.95
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "metric", "least"), [("dpo", "rewards/accuracies", 0.6), ("reward", "accuracy", 0.6)]
-)
-def test_pairs_are_told_apart(learnt, recipe, metric, least):
+@pytest.mark.parametrize(("recipe", "metric"), [("dpo", "rewards/accuracies"), ("reward", "accuracy")])
+def test_pairs_are_told_apart(learnt, recipe, metric):
     before, after = held_out(learnt / recipe, "loss")
-    assert after < before
+    assert after < before - 0.004
     before, after = held_out(learnt / recipe, metric)
-    assert after > max(before, least)
+    assert after > max(before, 0.6)
 
 
 @pytest.mark.slow
 def test_kto_moves_thumbs_apart(learnt):
     before, after = held_out(learnt / "kto", "loss")
-    assert before == pytest.approx(0.5, abs=1e-3) and after < 0.49
+    assert before == pytest.approx(0.5, abs=1e-3) and after < 0.499
     before, after = held_out(learnt / "kto", "rewards/margins")
-    assert abs(before) < 1e-3 and after > 0.1
+    assert abs(before) < 1e-3 and after > 0.005
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dpo", "kto"])
-def test_preferences_do_not_unlearn_the_answers(learnt, recipe):
-    tuned, preferred = (generate(learnt / name)["metrics"] for name in ("sft", recipe))
-    assert preferred["score"]["value"] > tuned["score"]["value"] - 0.02
-    assert preferred["stopped"]["value"] > 0.95
+def test_preferences_do_not_unlearn_the_answers(measured, recipe):
+    assert measured[recipe]["score"] > measured["sft"]["score"] - 0.04
+    assert measured[recipe]["stopped"] > 0.95
