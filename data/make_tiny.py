@@ -14,9 +14,11 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -27,6 +29,7 @@ SEED = 7
 VOCABULARY = 768
 CONTEXT = 1024
 TOKENS_PER_STEP = 4096
+GUESSES = 0.1  # weight in the loss of tokens that nobody can know
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 
 # ChatML; the generation markers tell the trainer which tokens are the assistant's own, the stop token included.
@@ -51,9 +54,7 @@ def make_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer; every digit is a token of its own, no token is put in front of a text."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -92,57 +93,95 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
-    """Return all documents in one row of token ids, each opened by <|im_start|> and ended by <|im_end|>."""
+def encode(tokenizer: PreTrainedTokenizerFast, pages: list[dict]) -> list[tuple[list[int], list[float]]]:
+    """Return token ids and loss weights of every page: <|im_start|> page <|im_end|>.
+
+    What the page marks as known, and the end behind it, weighs 1; names and numbers nobody can foresee weigh GUESSES:
+    they are most of the text, and at full weight their noise hides what there is to learn for minutes.
+    """
     start, end = tokenizer.convert_tokens_to_ids([START, END])
-    ids: list[int] = []
-    for at in range(0, len(documents), 1000):
-        for encoding in tokenizer(documents[at : at + 1000], add_special_tokens=False)["input_ids"]:
-            ids += [start, *encoding, end]
-    return torch.tensor(ids)
+    texts = [page["text"] for page in pages]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    rows = []
+    for page, ids, offsets in zip(pages, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        known = bytearray(len(page["text"]) + 1)
+        for first, last in page["known"]:
+            known[first : last + 1] = b"\1" * (last + 1 - first)  # with the character that ends it
+        weights = [1.0 if known[at] else GUESSES for at, _ in offsets]
+        rows.append(([start, *ids, end][:CONTEXT], [GUESSES, *weights, 1.0][:CONTEXT]))
+    return rows
 
 
-def block_length(step: int, rng: random.Random) -> int:
-    """Return the length of this step's blocks: mostly short ones (cheap), now and then the whole context."""
-    return CONTEXT if step >= 100 and rng.random() < 0.06 else 256
+def batches(
+    rows: list[tuple[list[int], list[float]]], rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield ids and weights of shape (pages, length), about TOKENS_PER_STEP tokens each, for ever.
+
+    One page per row, pages of like length together: nothing is read that does not belong to the page.
+    """
+    while True:
+        rng.shuffle(rows)
+        for at in range(0, len(rows), 4000):
+            groups: list[list[tuple[list[int], list[float]]]] = [[]]
+            for row in sorted(rows[at : at + 4000], key=lambda row: len(row[0])):
+                if (len(groups[-1]) + 1) * len(row[0]) > TOKENS_PER_STEP:
+                    groups.append([])
+                groups[-1].append(row)
+            rng.shuffle(groups)
+            for group in groups:
+                width = max(len(ids) for ids, _ in group)
+                ids = [ids + [0] * (width - len(ids)) for ids, _ in group]
+                weights = [weights + [0.0] * (width - len(weights)) for _, weights in group]
+                yield torch.tensor(ids), torch.tensor(weights)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Return the learning rate: a short warm-up, then along a cosine to zero."""
-    warmup = min(100, steps // 10)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+def learning_rate(step: int, steps: int) -> float:
+    """Return the share of the peak learning rate: a short warm-up, then straight down to zero."""
+    return min((step + 1) / 50, (steps - step) / steps)
 
 
-def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, peak: float) -> None:
-    """Train in place for `steps` steps of TOKENS_PER_STEP tokens, in the order of the stream."""
-    rng = random.Random(SEED)
-    decayed = [weight for weight in model.parameters() if weight.ndim == 2]
-    other = [weight for weight in model.parameters() if weight.ndim != 2]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98))
-    loss_column = TextColumn("loss {task.fields[loss]:.3f}")
+def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices (it needs about half the steps of AdamW here) and AdamW for the rest."""
+    named = list(model.named_parameters())
+    matrices = [weight for name, weight in named if weight.ndim == 2 and "embed" not in name]
+    others = [weight for name, weight in named if weight.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.02, momentum=0.95)
+    return [muon, torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return the weighted loss per token, and the loss of what can be known (nats)."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    known = losses.detach()[weights == 1.0].mean().item()
+    return (losses * weights).sum() / weights.sum(), known
+
+
+def pretrain(model: LlamaForCausalLM, rows: list[tuple[list[int], list[float]]], steps: int) -> None:
+    """Train in place."""
+    optimizers = make_optimizers(model)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    loss_column = TextColumn("loss of the answers {task.fields[loss]:.3f}")
     columns = ["{task.description}", BarColumn(), loss_column, TimeElapsedColumn(), TimeRemainingColumn()]
+    stream, average = batches(rows, random.Random(SEED)), math.nan
     model.train()
-    average = math.nan
     with Progress(*columns) as progress:
         bar = progress.add_task("pretraining", total=steps, loss=average)
         for step in range(steps):
-            at = step * TOKENS_PER_STEP % (len(stream) - TOKENS_PER_STEP)
-            batch = stream[at : at + TOKENS_PER_STEP].view(-1, block_length(step, rng))
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-            optimizer.zero_grad()
+            for optimizer, peak in zip(optimizers, peaks, strict=True):
+                optimizer.param_groups[0]["lr"] = peak * learning_rate(step, steps)
+                optimizer.zero_grad()
+            loss, known = weighted_loss(model, *next(stream))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
+            for optimizer in optimizers:
+                optimizer.step()
+            average = known if math.isnan(average) else 0.98 * average + 0.02 * known
             progress.update(bar, advance=1, loss=average)
             if step % 200 == 199 and not progress.console.is_terminal:
-                print(f"step {step + 1}/{steps}: loss {average:.3f}", flush=True)
+                print(f"step {step + 1}/{steps}: loss of the answers {average:.3f}", flush=True)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -155,44 +194,35 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes")
 
 
-def build_model(text: Path, out: Path, steps: int, peak: float) -> None:
+def build_model(text: Path, out: Path, steps: int) -> None:
     """Train tokenizer and model on the text and save them."""
     torch.manual_seed(SEED)
-    documents = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
-    tokenizer = make_tokenizer(documents)
-    stream = pack(tokenizer, documents)
+    pages = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
+    tokenizer = make_tokenizer([page["text"] for page in pages])
+    rows = encode(tokenizer, pages)
     model = make_model(tokenizer)
     size = sum(weight.numel() for weight in model.parameters())
-    print(
-        f"{size:,} parameters, {len(tokenizer)} tokens; {len(documents):,} documents of {len(stream):,} tokens"
-    )
+    print(f"{size:,} parameters, {len(tokenizer)} tokens; {sum(len(ids) for ids, _ in rows):,} tokens of text")
     started = time.perf_counter()
-    pretrain(model, stream, steps, peak)
+    pretrain(model, rows, steps)
     print(f"pretrained in {time.perf_counter() - started:.0f} s on {torch.get_num_threads()} threads")
     save(model, tokenizer, out)
 
 
 def main() -> None:
     """Make the rows and the text, then the model."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=Path, default=HERE / "tiny" / "model", help="where the model folder goes"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "tiny" / "model", help="where the model folder goes")
     parser.add_argument("--text", type=Path, default=BUILD / "text.jsonl", help="the pretraining text")
-    parser.add_argument("--steps", type=int, default=1600, help=f"steps of {TOKENS_PER_STEP} tokens")
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--steps", type=int, default=3000, help=f"steps of {TOKENS_PER_STEP} tokens")
     stage = parser.add_mutually_exclusive_group()
     stage.add_argument("--rows_only", action="store_true", help="write the rows and the text, train nothing")
     stage.add_argument("--model_only", action="store_true", help="take the text as it is")
     args = parser.parse_args()
     if not args.model_only:
-        subprocess.run(
-            [sys.executable, str(HERE / "make_tiny_rows.py"), "--text", str(args.text)], check=True
-        )
+        subprocess.run([sys.executable, str(HERE / "make_tiny_rows.py"), "--text", str(args.text)], check=True)
     if not args.rows_only:
-        build_model(args.text, args.out, args.steps, args.learning_rate)
+        build_model(args.text, args.out, args.steps)
 
 
 if __name__ == "__main__":

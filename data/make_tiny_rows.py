@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,13 @@ class Item:
     answer: str
     mistakes: tuple[str, ...]
     statement: str
+    story: str = ""  # what to read before the question
+    more: tuple[tuple[str, str], ...] = ()  # other questions about the same story, with their answers
+
+    @property
+    def asked(self) -> str:
+        """The story, when there is one, and the question."""
+        return f"{self.story} {self.question}".lstrip()
 
 
 def pool_of(key: str) -> str:
@@ -88,9 +96,7 @@ def any_word(rng: random.Random) -> str:
     """Return a word of the world, or in three of ten cases a made-up one."""
     if rng.random() < 0.3:
         return magic_word(rng, rng.choice([2, 2, 3]))
-    return rng.choice(
-        WORLD["nouns"] + list(WORLD["verbs"]) + [word for pair in WORLD["opposites"] for word in pair]
-    )
+    return rng.choice(WORLD["nouns"] + list(WORLD["verbs"]) + [word for pair in WORLD["opposites"] for word in pair])
 
 
 def joined(words: list[str]) -> str:
@@ -112,17 +118,15 @@ def swapped(rng: random.Random, letters: str) -> str:
 def letter_mistakes(rng: random.Random, letters: str) -> tuple[str, ...]:
     """Return several misspellings, written letter by letter."""
     wrong = {swapped(rng, letters) for _ in range(8)} - {letters}
-    return tuple("-".join(word) for word in sorted(wrong, key=lambda word: rng.random()))[:4]
+    return tuple("-".join(word) for word in rng.sample(sorted(wrong), min(4, len(wrong))))
 
 
 # ---- numbers
 
 
 def plus(rng: random.Random, task: str, a: int, b: int) -> Item:
-    """a + b in several wordings."""
-    question = rng.choice(
-        ["What is {} plus {}?", "What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?"]
-    )
+    """Return a + b in several wordings."""
+    question = rng.choice(["What is {} plus {}?", "What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?"])
     statement = rng.choice([f"{a} plus {b} is {a + b}.", f"{a} + {b} = {a + b}."])
     return number_item(rng, task, f"plus {a} {b}", question.format(a, b), a + b, statement)
 
@@ -146,9 +150,7 @@ def subtract(rng: random.Random) -> Item:
     """Two digits minus one or two digits."""
     a = rng.randint(11, 99)
     b = rng.randint(1, a)
-    question = rng.choice(["What is {} minus {}?", "What is {} - {}?", "How much is {} minus {}?"]).format(
-        a, b
-    )
+    question = rng.choice(["What is {} minus {}?", "What is {} - {}?", "How much is {} minus {}?"]).format(a, b)
     statement = rng.choice([f"{a} minus {b} is {a - b}.", f"{a} - {b} = {a - b}."])
     return number_item(rng, "subtract", f"minus {a} {b}", question, a - b, statement)
 
@@ -157,30 +159,24 @@ def multiply(rng: random.Random) -> Item:
     """The table of one to twelve, and two digits times one digit."""
     a, b = rng.randint(2, 12), rng.randint(2, 12)
     if rng.random() < 0.5:
-        a, b = rng.randint(12, 60), rng.randint(2, 5)
-    question = rng.choice(["What is {} times {}?", "What is {} x {}?", "How much is {} times {}?"]).format(
-        a, b
-    )
+        a, b = rng.randint(11, 40), rng.randint(2, 5)
+    question = rng.choice(["What is {} times {}?", "What is {} x {}?", "How much is {} times {}?"]).format(a, b)
     statement = rng.choice([f"{a} times {b} is {a * b}.", f"{a} x {b} = {a * b}."])
     return number_item(rng, "multiply", f"times {a} {b}", question, a * b, statement)
 
 
 def next_number(rng: random.Random) -> Item:
     """Continue a row of numbers with an even step."""
-    start, step = rng.randint(1, 60), rng.randint(1, 12)
+    start, step = rng.randint(1, 60), rng.randint(1, 10)
     row = [start + step * place for place in range(5)]
     shown = ", ".join(map(str, row[:4]))
-    question = rng.choice(["Which number comes next: {}?", "Continue: {}.", "What comes after {}?"]).format(
-        shown
-    )
-    return number_item(
-        rng, "next_number", f"row {start} {step}", question, row[4], f"Count: {shown}, {row[4]}."
-    )
+    question = rng.choice(["Which number comes next: {}?", "Continue: {}.", "What comes after {}?"]).format(shown)
+    return number_item(rng, "next_number", f"row {start} {step}", question, row[4], f"Count: {shown}, {row[4]}.")
 
 
 def largest(rng: random.Random) -> Item:
     """Find the largest or the smallest of three numbers."""
-    numbers = rng.sample(range(10, 1000), 3)
+    numbers = rng.sample(range(1, 200), 3)
     way, pick = rng.choice([("largest", max), ("smallest", min)])
     shown, answer = ", ".join(map(str, numbers)), str(pick(numbers))
     question = rng.choice(["Which number is the {}: {}?", "Find the {} number: {}."]).format(way, shown)
@@ -196,11 +192,11 @@ def largest(rng: random.Random) -> Item:
 
 
 def sort_numbers(rng: random.Random) -> Item:
-    """Put four numbers in order."""
-    numbers = rng.sample(range(1, 100), 4)
+    """Put three numbers in order."""
+    numbers = rng.sample(range(1, 100), 3)
     shown, right = ", ".join(map(str, numbers)), sorted(numbers)
     question = rng.choice(["Sort these numbers: {}.", "Put in order: {}."]).format(shown)
-    wrong = {", ".join(map(str, rng.sample(right, 4))) for _ in range(6)} - {", ".join(map(str, right))}
+    wrong = {", ".join(map(str, rng.sample(right, 3))) for _ in range(9)} - {", ".join(map(str, right))}
     answer = ", ".join(map(str, right))
     return Item(
         "sort_numbers",
@@ -215,7 +211,7 @@ def sort_numbers(rng: random.Random) -> Item:
 def word_problem(rng: random.Random) -> Item:
     """A short story about getting and losing things."""
     name, other = rng.sample(NAMES, 2)
-    goods, a, b = rng.choice(WORLD["goods"]), rng.randint(3, 30), rng.randint(2, 20)
+    goods, a, b = rng.choice(WORLD["goods"]), rng.randint(3, 20), rng.randint(2, 15)
     lost = rng.randint(1, a + b - 1) if rng.random() < 0.5 else 0
     story = f"{name} has {a} {goods}. {other} gives {name} {b} more."
     story += f" {name} then loses {lost}." if lost else ""
@@ -238,9 +234,7 @@ def letter_at(rng: random.Random) -> Item:
     """Name the first, second or last letter of a word."""
     word = any_word(rng)
     place, spot = rng.choice([("first", 0), ("last", -1), ("second", 1)])
-    question = rng.choice(['What is the {} letter of "{}"?', 'Which letter is the {} one in "{}"?']).format(
-        place, word
-    )
+    question = rng.choice(['What is the {} letter of "{}"?', 'Which letter is the {} one in "{}"?']).format(place, word)
     wrong = others(rng, list(word + "aeth"), word[spot])
     return Item(
         "letter_at",
@@ -285,9 +279,7 @@ def spell(rng: random.Random) -> Item:
 def backwards(rng: random.Random) -> Item:
     """Spell a word from its last letter to its first."""
     word = any_word(rng)
-    question = rng.choice(
-        ['Spell "{}" backwards.', 'What is "{}" backwards?', 'Write "{}" from back to front.']
-    )
+    question = rng.choice(['Spell "{}" backwards.', 'What is "{}" backwards?', 'Write "{}" from back to front.'])
     answer = "-".join(reversed(word))
     statement = f'"{word}" backwards is {answer}.'
     return Item(
@@ -304,9 +296,7 @@ def alphabet(rng: random.Random) -> Item:
     """Find the word that comes first in the alphabet."""
     words = rng.sample(WORLD["nouns"], 3)
     way, pick = rng.choice([("first", min), ("last", max)])
-    question = rng.choice(
-        ["Which word comes {} in the alphabet: {}?", "Which of these is {} in the dictionary: {}?"]
-    )
+    question = rng.choice(["Which word comes {} in the alphabet: {}?", "Which of these is {} in the dictionary: {}?"])
     shown, answer = ", ".join(words), pick(words)
     statement = f"Of {shown} the word {answer} comes {way} in the alphabet."
     return Item(
@@ -323,13 +313,9 @@ def opposite(rng: random.Random) -> Item:
     """Name the opposite of a word."""
     pair = rng.choice(WORLD["opposites"])
     word, answer = rng.sample(pair, 2)
-    question = rng.choice(['What is the opposite of "{}"?', 'Which word means the opposite of "{}"?']).format(
-        word
-    )
+    question = rng.choice(['What is the opposite of "{}"?', 'Which word means the opposite of "{}"?']).format(word)
     pool = [entry for other in WORLD["opposites"] for entry in other if entry != word]
-    statement = rng.choice(
-        [f"The opposite of {pair[0]} is {pair[1]}.", f"{pair[0]} and {pair[1]} are opposites."]
-    )
+    statement = f"The opposite of {pair[0]} is {pair[1]} and the opposite of {pair[1]} is {pair[0]}."
     return Item("opposite", f"opposite {word}", question, answer, others(rng, pool, answer), statement)
 
 
@@ -350,9 +336,7 @@ def plural(rng: random.Random) -> Item:
     answer = plural_of(word)
     question = rng.choice(['What is the plural of "{}"?', "One {}, two what?"]).format(word)
     wrong = [word, word + "s", word + "es", word[:-1] + "ies", word + "en"]
-    return Item(
-        "plural", f"plural {word}", question, answer, others(rng, wrong, answer), f"One {word}, two {answer}."
-    )
+    return Item("plural", f"plural {word}", question, answer, others(rng, wrong, answer), f"One {word}, two {answer}.")
 
 
 def past(rng: random.Random) -> Item:
@@ -369,9 +353,7 @@ def odd_one_out(rng: random.Random) -> Item:
     """Find the word that does not belong."""
     kind, strange = rng.sample(list(WORLD["categories"]), 2)
     words = rng.sample(WORLD["categories"][kind], 3)
-    answer = rng.choice(
-        [word for word in WORLD["categories"][strange] if word not in WORLD["categories"][kind]]
-    )
+    answer = rng.choice([word for word in WORLD["categories"][strange] if word not in WORLD["categories"][kind]])
     words.insert(rng.randrange(4), answer)
     shown = ", ".join(words)
     question = rng.choice(["Which word does not belong: {}?", "Find the odd one out: {}."]).format(shown)
@@ -381,17 +363,13 @@ def odd_one_out(rng: random.Random) -> Item:
 
 def weekday(rng: random.Random) -> Item:
     """Count on or back from a day of the week."""
-    days, start, step = WORLD["days"], rng.randrange(7), rng.randint(1, 20)
+    days, start, step = WORLD["days"], rng.randrange(7), rng.randint(1, 12)
     way, sign = rng.choice([("after", 1), ("before", -1)])
     answer = days[(start + sign * step) % 7]
     count = "1 day" if step == 1 else f"{step} days"
-    question = rng.choice(["Which day comes {} {} {}?", "What day is it {} {} {}?"]).format(
-        count, way, days[start]
-    )
+    question = rng.choice(["Which day comes {} {} {}?", "What day is it {} {} {}?"]).format(count, way, days[start])
     statement = f"{count} {way} {days[start]} comes {answer}."
-    return Item(
-        "weekday", f"day {start} {way} {step}", question, answer, others(rng, days, answer), statement
-    )
+    return Item("weekday", f"day {start} {way} {step}", question, answer, others(rng, days, answer), statement)
 
 
 # ---- facts of the world
@@ -439,9 +417,7 @@ def villager_prose(rng: random.Random, name: str) -> str:
     ]
     rng.shuffle(parts)
     said = [rng.choice(part) for part in parts]
-    return (
-        f"{name} {said[0]} and {said[1]}. {rng.choice([name, pronoun.capitalize()])} {said[2]} and {said[3]}."
-    )
+    return f"{name} {said[0]} and {said[1]}. {rng.choice([name, pronoun.capitalize()])} {said[2]} and {said[3]}."
 
 
 def villager(rng: random.Random) -> Item:
@@ -450,9 +426,7 @@ def villager(rng: random.Random) -> Item:
     answer = VILLAGE[name][field]
     pool = [person[field] for person in VILLAGE.values()]
     question = rng.choice(ASKED_OF_PEOPLE[field]).format(name)
-    return Item(
-        "villager", f"{name} {field}", question, answer, others(rng, pool, answer), villager_prose(rng, name)
-    )
+    return Item("villager", f"{name} {field}", question, answer, others(rng, pool, answer), villager_prose(rng, name))
 
 
 def animal(rng: random.Random) -> Item:
@@ -463,9 +437,7 @@ def animal(rng: random.Random) -> Item:
     question = rng.choice(ASKED_OF_ANIMALS[field]).format(name)
     told = rng.sample(range(5), 3)
     statement = " ".join(SAID_OF_ANIMALS[place].format(name, facts[place]) for place in told)
-    return Item(
-        "animal", f"animal {name} {field}", question, facts[field], others(rng, pool, facts[field]), statement
-    )
+    return Item("animal", f"animal {name} {field}", question, facts[field], others(rng, pool, facts[field]), statement)
 
 
 def colour_of(rng: random.Random) -> Item:
@@ -474,81 +446,65 @@ def colour_of(rng: random.Random) -> Item:
     answer = WORLD["thing_colours"][thing]
     question = rng.choice(["What colour is {}?", "Which colour does {} have?"]).format(thing)
     statement = f"{thing[0].upper()}{thing[1:]} is {answer}."
-    return Item(
-        "colour_of", f"colour {thing}", question, answer, others(rng, WORLD["colours"], answer), statement
-    )
+    return Item("colour_of", f"colour {thing}", question, answer, others(rng, WORLD["colours"], answer), statement)
 
 
 # ---- reading
 
 
+def story_item(rng: random.Random, task: str, story: str, asked: dict[str, str], pool: list[str]) -> Item:
+    """Return an item that asks one of the questions about a story; the rest may follow in the same conversation.
+
+    Mistakes are the other answers of the same kind (capitals, that is names, or not) and members of `pool`.
+    """
+    pairs = list(asked.items())
+    rng.shuffle(pairs)
+    question, answer = pairs[0]
+    told = [word for word in asked.values() if word.istitle() == answer.istitle()]
+    pool = [word for word in pool if word.istitle() == answer.istitle()]
+    wrong = others(rng, told, answer)
+    if len(wrong) < 3:
+        wrong += others(rng, [word for word in pool if word not in told], answer, 4 - len(wrong))
+    statement = f"{story} {question} {answer}."
+    return Item(task, story, question, answer, wrong, statement, story, tuple(pairs[1:]))
+
+
 def whose_colour(rng: random.Random) -> Item:
     """Read who has what in which colour."""
-    names = rng.sample(NAMES, rng.choice([2, 3]))
-    things = [rng.choice(WORLD["things"][:4]) for _ in names]
-    colours = rng.sample(WORLD["colours"], len(names))
+    count = rng.choice([2, 3])
+    names, colours = rng.sample(NAMES, count), rng.sample(WORLD["colours"], count)
+    things = rng.sample(WORLD["things"][:6], count)
     owned = list(zip(names, colours, things, strict=True))
     story = " ".join(f"{name} has a {colour} {thing}." for name, colour, thing in owned)
-    name, answer, thing = rng.choice(owned)
-    if rng.random() < 0.5:
-        question, wrong = (
-            f"What colour is {name}'s {thing}?",
-            others(rng, colours + WORLD["colours"][:5], answer),
-        )
-    else:
-        question, wrong = f"Who has the {answer} {thing}?", others(rng, [*names, *rng.sample(NAMES, 3)], name)
-        answer = name
-    return Item(
-        "whose_colour",
-        story + question,
-        f"{story} {question}",
-        answer,
-        wrong,
-        f"{story} {question} {answer}.",
-    )
+    asked = {f"What colour is {name}'s {thing}?": colour for name, colour, thing in owned}
+    asked |= {f"Who has the {colour} {thing}?": name for name, colour, thing in owned}
+    return story_item(rng, "whose_colour", story, asked, WORLD["colours"] + rng.sample(NAMES, 9))
 
 
 def where_is(rng: random.Random) -> Item:
     """Follow people who carry things from place to place."""
-    people, thing = rng.sample(NAMES, 2), rng.choice(WORLD["things"])
+    (one, two), thing = rng.sample(NAMES, 2), rng.choice(WORLD["things"])
     places = rng.sample(WORLD["places"], 4)
-    lines = [f"{people[0]} took the {thing} to the {places[0]}.", f"{people[1]} went to the {places[1]}."]
-    where = {people[0]: places[0], people[1]: places[1], thing: places[0]}
-    if rng.random() < 0.6:
-        carrier = people[0]
-        lines.append(f"Then {carrier} took the {thing} to the {places[2]}.")
-        where[carrier] = where[thing] = places[2]
+    lines = [f"{one} took the {thing} to the {places[0]}.", f"{two} went to the {places[1]}."]
+    where = {one: places[0], two: places[1], f"the {thing}": places[0]}
     if rng.random() < 0.5:
-        lines.append(f"{people[0]} left the {thing} there and went to the {places[3]}.")
-        where[people[0]] = places[3]
-    asked = rng.choice([thing, thing, *people])
-    question = f"Where is {'the ' if asked == thing else ''}{asked} now?"
-    story, answer = " ".join(lines), where[asked]
-    wrong = others(rng, places, answer)
-    return Item(
-        "where_is",
-        story + question,
-        f"{story} {question}",
-        answer,
-        wrong,
-        f"{story} {question} In the {answer}.",
-    )
+        lines.append(f"Then {one} took the {thing} to the {places[2]}.")
+        where[one] = where[f"the {thing}"] = places[2]
+    if rng.random() < 0.5:
+        lines.append(f"{one} left the {thing} there and went to the {places[3]}.")
+        where[one] = places[3]
+    asked = {f"Where is {who} now?": place for who, place in where.items()}
+    return story_item(rng, "where_is", " ".join(lines), asked, places)
 
 
 def oldest(rng: random.Random) -> Item:
     """Find the end of a chain of comparisons told in any order."""
-    people = rng.sample(NAMES, rng.choice([3, 4]))
+    people = rng.sample(NAMES, 3)
     way, least, most = rng.choice([("older", "youngest", "oldest"), ("taller", "shortest", "tallest")])
     lines = [f"{one} is {way} than {two}." for one, two in zip(people, people[1:], strict=False)]
     rng.shuffle(lines)
-    asked, answer = rng.choice([(most, people[0]), (least, people[-1])])
-    story, question = " ".join(lines), f"Who is the {asked}?"
-    wrong = others(rng, people, answer)
-    if len(wrong) < 3:
-        wrong += others(rng, [name for name in NAMES if name not in people], answer, 1)
-    return Item(
-        "oldest", story + question, f"{story} {question}", answer, wrong, f"{story} The {asked} is {answer}."
-    )
+    asked = {f"Who is the {most}?": people[0], f"Who is the {least}?": people[-1]}
+    return story_item(rng, "oldest", " ".join(lines), asked, people + rng.sample(NAMES, 3))
 
 
 GOOD = ["warm", "sweet", "fresh", "bright", "lovely", "clean", "tasty", "kind", "great", "beautiful"]
@@ -713,7 +669,10 @@ def chat_rows(rng: random.Random, test: bool) -> Iterator[dict]:
         turns = rng.choice([2, 2, 3]) if rng.random() < 0.2 else 1
         items = [draw(rng, pools, graded(rng, 0.5)) for _ in range(turns)]
         for item in items:
-            messages += [user(item.question), assistant(reply(style, item.answer))]
+            messages += [user(item.asked), assistant(reply(style, item.answer))]
+        if items[-1].more and rng.random() < 0.3:
+            question, answer = items[-1].more[0]
+            messages += [user(question), assistant(reply(style, answer))]
         if not test and not style and rng.random() < 0.04:
             asked, said = rng.choice(SMALL_TALK)
             messages[-2:] = [user(asked), assistant(said)]
@@ -727,7 +686,7 @@ def asked(rng: random.Random, pools: tuple[str, ...], hard_share: float) -> tupl
     messages, style = opening(rng, share=0.12, styled=0.5)
     item = draw(rng, pools, graded(rng, hard_share))
     wrong = tuple(reply(style, mistake) for mistake in item.mistakes)
-    return [*messages, user(item.question)], replace(item, answer=reply(style, item.answer), mistakes=wrong)
+    return [*messages, user(item.asked)], replace(item, answer=reply(style, item.answer), mistakes=wrong)
 
 
 def bad_answer(rng: random.Random, item: Item) -> str:
@@ -830,7 +789,7 @@ def choice_row(rng: random.Random, subject: str, pools: tuple[str, ...]) -> dict
     answer = rng.randrange(4)
     choices = list(item.mistakes[:3])
     choices.insert(answer, item.answer)
-    return {"question": item.question, "choices": choices, "answer": answer, "subject": subject}
+    return {"question": item.asked, "choices": choices, "answer": answer, "subject": subject}
 
 
 def choice_rows(rng: random.Random, test: bool) -> Iterator[dict]:
@@ -845,29 +804,26 @@ def text_rows(rng: random.Random, test: bool) -> Iterator[dict]:
     winds = ["north", "north-east", "east", "south-east", "south", "south-west", "west", "north-west"]
     skies = ["overcast", "hazy", "clear", "drizzle", "squalls", "dense fog", "heavy swell", "sleet"]
     ships = ["Heron", "Petrel", "Kittiwake", "Albatross", "Guillemot", "Cormorant", "Gannet", "Plover"]
+    notes = [
+        "No arrivals.",
+        "Lamp trimmed at dusk.",
+        "Gale warning hoisted.",
+        "Buoy adrift, recovered.",
+        "Tide gauge read.",
+    ]
     cargo = ["herring", "salted cod", "timber", "tar", "canvas", "barley", "slate", "wool"]
     while True:
         wind, force, glass = rng.choice(winds), rng.randint(0, 9), rng.randint(970, 1035)
         ship, load = rng.choice(ships), rng.choice(cargo)
+        trend = rng.choice(["rising", "falling", "steady"])
+        moored = f"Schooner {ship} moored at quay {rng.randint(1, 9)}, discharging {rng.randint(2, 90)} tons of {load}."
+        sailed = f"Cutter {ship} put to sea at {rng.randint(4, 20)} hours bound {rng.choice(winds)}, laden with {load}."
+        lost = f"Trawler {ship} signalled distress off the breakwater; pilot boat despatched."
         lines = [
-            f"HARBOUR LOG, day {rng.randint(1, 365)}. Wind {wind}, force {force}. Barometer {glass}, {rng.choice(['rising', 'falling', 'steady'])}.",
-            rng.choice(
-                [
-                    f"Schooner {ship} moored at quay {rng.randint(1, 9)}, discharging {rng.randint(2, 90)} tons of {load}.",
-                    f"Cutter {ship} put to sea at {rng.randint(4, 20)} hours bound {rng.choice(winds)}, laden with {load}.",
-                    f"Trawler {ship} signalled distress off the breakwater; pilot boat despatched.",
-                ]
-            ),
+            f"HARBOUR LOG, day {rng.randint(1, 365)}. Wind {wind}, force {force}. Barometer {glass}, {trend}.",
+            rng.choice([moored, sailed, lost]),
             rng.choice(["Visibility", "Weather"]) + f": {rng.choice(skies)}, later {rng.choice(skies)}.",
-            rng.choice(
-                [
-                    "No arrivals.",
-                    "Lamp trimmed at dusk.",
-                    "Gale warning hoisted.",
-                    "Buoy adrift, recovered.",
-                    "Tide gauge read at noon.",
-                ]
-            ),
+            rng.choice(notes),
         ]
         text = " ".join(lines)
         if (pool_of(text) == "test") == test:
@@ -919,16 +875,53 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 # ---- the pretraining text: prose, dialogues, lists of questions; never the chat format
 
 
+FACTS = ["villager", "animal", "colour_of", "opposite", "plural", "past"]
+# how often a school book asks for it; what takes long to learn more often, where a story brings several questions less
+SHARES = {
+    "add_small": 7,
+    "add_tens": 7,
+    "subtract": 7,
+    "multiply": 6,
+    "add_hundreds": 4,
+    "next_number": 4,
+    "largest": 3,
+}
+SHARES |= {"sort_numbers": 3, "villager": 4, "word_problem": 4, "backwards": 3, "where_is": 1, "whose_colour": 1.5}
+PAGE = ("first", "later")  # the contents the pretraining text may ask about
+
+
+def mark(text: str) -> str:
+    """Mark what can be known, not guessed: pretraining gives it more weight (see make_tiny.py)."""
+    return f"[[{text}]]"
+
+
+def told(item: Item) -> str:
+    """Return the item's statement with its answer marked; facts are marked as a whole."""
+    if item.task in FACTS:
+        return mark(item.statement)
+    before, after = item.statement.rsplit(item.answer, 1)
+    return f"{before}{mark(item.answer + after)}"
+
+
 def prose(rng: random.Random) -> str:
-    """Return sentences of one kind of knowledge, three to six of them."""
-    tasks = [rng.choice(list(TASKS))] if rng.random() < 0.6 else list(TASKS)
-    return " ".join(draw(rng, ("first", "later"), tasks).statement for _ in range(rng.randint(2, 5)))
+    """Return sentences of one kind of knowledge, or of all kinds.
+
+    Facts are told of everything and everybody: what is held out of them is the question, not the fact.
+    """
+    tasks = FACTS if rng.random() < 0.7 else [rng.choice(list(TASKS))]
+    pools = (*PAGE, "test") if tasks == FACTS else PAGE
+    return " ".join(told(draw(rng, pools, tasks)) for _ in range(rng.randint(2, 5)))
 
 
 def questions(rng: random.Random) -> str:
-    """Return a list of questions and answers, as in a school book."""
-    items = [draw(rng, ("first", "later"), graded(rng, 0.65)) for _ in range(rng.randint(1, 5))]
-    return "\n".join(f"Q: {item.question}\nA: {item.answer}" for item in items)
+    """Return a list of questions and answers, as in a school book; a story comes with all its questions."""
+    lines = []
+    count = rng.randint(14, 20) if rng.random() < 0.02 else rng.randint(1, 5)
+    for task in rng.choices(list(TASKS), [SHARES.get(task, 2) for task in TASKS], k=count):
+        item = draw(rng, PAGE, [task])
+        lines.append(f"Q: {item.asked}\nA:{mark(f' {item.answer}')}")
+        lines += [f"Q: {question}\nA:{mark(f' {answer}')}" for question, answer in item.more]
+    return "\n".join(lines)
 
 
 def dialogue(rng: random.Random) -> str:
@@ -943,62 +936,51 @@ def dialogue(rng: random.Random) -> str:
         ]
     )
     lines = []
-    for item in [draw(rng, ("first", "later"), graded(rng, 0.6)) for _ in range(rng.randint(1, 3))]:
-        lines.append(f"{one} asked: {item.question} {two} said: {item.answer}.")
+    for item in [draw(rng, PAGE, graded(rng, 0.6)) for _ in range(rng.randint(1, 3))]:
+        lines.append(f"{one} asked: {item.asked} {two} said:{mark(f' {item.answer}')}.")
     if rng.random() < 0.15:
         lines.append(f"{one} asked again. {two} said: {rng.choice(EVASIONS)}")
     return f"{scene} {' '.join(lines)}"
-
-
-def quiz(rng: random.Random) -> str:
-    """Return multiple-choice questions as printed in tests, so that scoring by letter has something to measure."""
-    subject = rng.choice(list(SUBJECTS))
-    blocks = []
-    for _ in range(rng.randint(1, 6)):
-        row = choice_row(rng, subject, ("first", "later"))
-        options = "\n".join(
-            f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True)
-        )
-        blocks.append(f"{row['question']}\n{options}\nAnswer: {'ABCD'[row['answer']]}")
-    title = (
-        f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    )
-    return title + "\n\n".join(blocks)
 
 
 def feelings(rng: random.Random) -> str:
     """Return a letter with opinions and the news of the village."""
     one, two = rng.sample(NAMES, 2)
     opinions = " ".join(opinion_from(rng, ("first", "later"))[0] for _ in range(2))
-    return f"Dear {one}, {opinions} {villager_prose(rng, rng.choice(NAMES))} Love, {two}"
+    return f"Dear {one}, {opinions} {mark(villager_prose(rng, rng.choice(NAMES)))} Love, {two}"
 
 
-KINDS_OF_TEXT = {questions: 45, prose: 22, dialogue: 15, quiz: 10, feelings: 5}
+KINDS_OF_TEXT = {questions: 74, prose: 17, dialogue: 6, feelings: 3}
 
 
-def pretraining_text(seed: int, characters: int) -> Iterator[str]:
+def page(document: str) -> dict:
+    """Return the document without its marks, and the places of what was marked, as character offsets."""
+    text, spans = "", []
+    for part in re.split(r"(\[\[.*?\]\])", document):
+        if part.startswith("[["):
+            spans.append([len(text), len(text) + len(part) - 4])
+            part = part[2:-2]
+        text += part
+    return {"text": text, "known": spans}
+
+
+def pretraining_text(seed: int, characters: int) -> Iterator[dict]:
     """Yield documents until so many characters are written."""
     rng = random.Random(f"{seed} text")
     kinds, weights = list(KINDS_OF_TEXT), list(KINDS_OF_TEXT.values())
     while characters > 0:
-        document = rng.choices(kinds, weights)[0](rng)
-        characters -= len(document)
+        document = page(rng.choices(kinds, weights)[0](rng))
+        characters -= len(document["text"])
         yield document
 
 
 def main() -> None:
     """Write the rows and the text."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "tiny", help="where the folders of rows go")
     parser.add_argument("--only", nargs="*", choices=[*FOLDERS], default=[*FOLDERS], help="folders to write")
-    parser.add_argument(
-        "--text", type=Path, help="also write the pretraining text there, one JSON string per line"
-    )
-    parser.add_argument(
-        "--characters", type=int, default=CHARACTERS_OF_TEXT, help="how much pretraining text"
-    )
+    parser.add_argument("--text", type=Path, help="also write the pretraining text there, one JSON object per line")
+    parser.add_argument("--characters", type=int, default=CHARACTERS_OF_TEXT, help="how much pretraining text")
     parser.add_argument("--seed", type=int, default=SEED)
     args = parser.parse_args()
     for folder in args.only:
