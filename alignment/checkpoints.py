@@ -166,6 +166,8 @@ def load_base(
     if head == "sequence":
         _prepare_score(model)
     _keep_unpacked(model)
+    if "quantization_config" in vars(model.config) and (output := model.get_output_embeddings()) is not None:
+        output.register_forward_pre_hook(_to_weight)  # IA3 and others hand on 32 bits, the head holds 16
     return model, new
 
 
@@ -242,8 +244,13 @@ def _prepare_score(model: PreTrainedModel) -> None:
     """Make a sequence head work on quantised bases and on prompts given as embeddings."""
     if isinstance(score := dict(model.named_children()).get("score"), torch.nn.Linear):
         score.float()
-        score.register_forward_pre_hook(lambda layer, inputs: (inputs[0].to(layer.weight.dtype), *inputs[1:]))
+        score.register_forward_pre_hook(_to_weight)
         model.register_forward_pre_hook(_pad_left, with_kwargs=True)
+
+
+def _to_weight(layer: torch.nn.Module, inputs: tuple) -> tuple:
+    """Hand a layer its input in the type of its weights."""
+    return (inputs[0].to(layer.weight.dtype), *inputs[1:])
 
 
 def _pad_left(model: PreTrainedModel, args: tuple, kwargs: dict):

@@ -300,7 +300,8 @@ def _start(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Findin
     expected = math.log(2) if rows.form == "dpo" else 0.5
     name = "ln 2" if rows.form == "dpo" else "0.5"
     margin = metrics.get("rewards/margins", 0.0)
-    tolerance = 0.02 if trainer.args.bf16 or trainer.args.fp16 or loaded.method == "qlora" else 2e-3
+    short = trainer.args.bf16 or trainer.args.fp16 or "quantization_config" in vars(loaded.model.config)
+    tolerance = 0.02 if short else 2e-3
     off = abs(margin) > tolerance or (plain and abs(loss - expected) > tolerance)
     should = f" ({name} is {expected:.4f})" if plain else ""
     text = f"before training: loss {loss:.4f}{should}, margin {margin:.4f}"

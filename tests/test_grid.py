@@ -39,11 +39,12 @@ def answer(model):
         return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.float()
 
 
-def two_steps(recipe, name, folder):
+def two_steps(recipe, name, folder, bits4=False):
     """Train two steps as the recipe does; returns its trainer, loaded model and what stood there before."""
     before, finish = Before(), run.run
     flags = {
-        "peft": name, "data": few_rows(recipe, folder), "output_dir": folder / "out", "test_size": 0,
+        "peft": name, "load_in_4bit": bits4 or name == "qlora",
+        "data": few_rows(recipe, folder), "output_dir": folder / "out", "test_size": 0,
         "max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no",
         "learning_rate": 0.01, "lr_scheduler_type": "constant", "warmup_steps": 0,
     }  # fmt: skip
@@ -59,9 +60,9 @@ def two_steps(recipe, name, folder):
     return trainer, loaded, before
 
 
-def check(recipe, name, folder):
+def check(recipe, name, folder, bits4=False):
     """Fail unless exactly the trainable tensors changed and the folder gives the same model again."""
-    trainer, loaded, before = two_steps(recipe, name, folder)
+    trainer, loaded, before = two_steps(recipe, name, folder, bits4)
     now = dict(before.model.named_parameters())
     assert before.state.keys() == now.keys()
     changed = {key for key, (was, _) in before.state.items() if not torch.equal(was, now[key])}
@@ -72,11 +73,11 @@ def check(recipe, name, folder):
     assert ("adapter_model.safetensors" if name != "none" else "model.safetensors") in files
     assert name == "none" or "model.safetensors" not in files, "an adapter is saved without its base"
     head = "sequence" if recipe == "reward" else "causal"
-    again = partial(load_checkpoint, dtype=loaded.model.dtype, head=head, load_in_4bit=name == "qlora")
+    again = partial(load_checkpoint, dtype=loaded.model.dtype, head=head, load_in_4bit=bits4 or name == "qlora")
     trained = answer(before.model)
     torch.testing.assert_close(answer(again(folder / "out")[0]), trained, rtol=1e-5, atol=1e-4)
     if head == "causal":  # and it is another model than the base
-        base, _ = load_checkpoint(ROOT / "data/tiny/model", loaded.model.dtype, load_in_4bit=name == "qlora")
+        base, _ = load_checkpoint(ROOT / "data/tiny/model", loaded.model.dtype, load_in_4bit=bits4 or name == "qlora")
         assert not torch.allclose(answer(base)[:, -1], trained[:, -1], atol=1e-4)
     return [note for note in [*loaded.notes, *trainer.notes] if not note.startswith(QUIET)]
 
@@ -99,6 +100,13 @@ def test_method_trains_and_comes_back(recipe, name, tmp_path):
     result, notes = cell(recipe, name, tmp_path / "run")
     assert result == "works"
     assert bool(notes) == (name in PROMPT_LEARNING and (recipe != "reward" or name == "prompt")), notes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dora", "ia3", "prefix", "vera", "oft", "road"])
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "reward"])
+def test_method_on_a_base_in_4_bits(recipe, name, tmp_path):
+    check(recipe, name, tmp_path, bits4=True)
 
 
 def table(cells):
