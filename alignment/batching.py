@@ -73,9 +73,11 @@ class PackedCollator:
 
 @torch.no_grad()
 def packing_error(model: Any, length: int = 12) -> float:
-    """Return max |logit difference| of two sequences packed into one row and run apart, on this model as it is.
+    """Return how far the logits of two sequences packed into one row are from those of each alone, on this model.
 
-    Exact packing gives rounding noise (7e-7 in float32 on sdpa); sequences that see each other give about 1.
+    The result is relative: |difference| / |logits| over the second sequence, the one that could see the other. On
+    the embedded model and sdpa it is 7e-7 in float32 and 6e-3 in bfloat16 (there with differences of 0.16, more
+    than any fixed bound), and 0.6 where the sequences see each other.
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -87,14 +89,15 @@ def packing_error(model: Any, length: int = 12) -> float:
     packed = model(input_ids=ids.view(1, -1), position_ids=positions, use_cache=False).logits[0]
     apart = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
     model.train(training)
-    return (packed.float() - apart.float()).abs().max().item()
+    packed, apart = packed[length:].float(), apart[length:].float()
+    return ((packed - apart).norm() / apart.norm()).item()
 
 
 def packs_exactly(model: Any) -> bool:
     """Say whether packed rows give what separate rows give, by trying it (flash attention is taken at its word)."""
     if "flash" in (model.config._attn_implementation or ""):
         return True
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.1
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.03
     return packing_error(model) <= tolerance
 
 
