@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -13,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from transformers.integrations import is_fsdp_enabled
 
 from alignment import targets
+from alignment.config import beside_recipe
 from alignment.errors import InputError
 from alignment.methods import (
     LORA_FLAGS,
@@ -183,9 +186,7 @@ def _untrained_rows(
         return {}, []
     tokens = ", ".join(tokenizer.convert_ids_to_tokens(rows))
     if family(name) != "LORA":
-        return {}, [
-            f"the base never trained the rows of {tokens}, and {name} cannot: it may not learn to stop"
-        ]
+        return {}, [f"the base never trained the rows of {tokens}, and {name} cannot: it may not learn to stop"]
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = {names[id(embedding)].split(".")[-1]: rows}
@@ -208,13 +209,9 @@ def limits(name: str, recipe: str, train_args: Any) -> list[Limit]:
             found.append(Limit(f"{key} does not work with {name}: rows would see each other", True, key))
     if recipe in ("dpo", "kto"):
         usual = "ln 2" if recipe == "dpo" else "its usual 0.5"
-        found.append(
-            Limit(f"{name}: untrained virtual tokens move the policy: the loss does not start at {usual}")
-        )
+        found.append(Limit(f"{name}: untrained virtual tokens move the policy: the loss does not start at {usual}"))
     if name == "prompt":
-        found.append(
-            Limit("prompt tuning learns little below a billion parameters: lora or prefix learn more")
-        )
+        found.append(Limit("prompt tuning learns little below a billion parameters: lora or prefix learn more"))
     return found
 
 
@@ -222,7 +219,8 @@ def apply_defaults(args: Arguments, name: str, model: PreTrainedModel) -> list[s
     """Adjust `args.train` to the method where the user left it open, and return what was changed, in words.
 
     A learning rate of the recipe belongs to the recipe's own model and method: it is replaced when the
-    user chose either and set no rate.
+    method or the shape of the model is another one and the user set no rate. What one recipe made of that
+    model the next one trains at its own rate.
 
     Raises:
         InputError: the user asked for something that the method cannot do.
@@ -239,13 +237,25 @@ def apply_defaults(args: Arguments, name: str, model: PreTrainedModel) -> list[s
                 setattr(args.train, key, False)
                 args.sources[key] = f"adapter {name}"
             notes.append(f"{limit.text}; switched off")
-    chosen = any(explicit(args, key) for key in ("peft", "use_peft", "load_in_4bit", "model_name_or_path"))
-    if chosen and not explicit(args, "learning_rate"):
+    other = name != args.defaults.get("peft", "none") or (
+        explicit(args, "model_name_or_path") and not _is_shaped_like(model, args.defaults["model_name_or_path"])
+    )
+    if other and not explicit(args, "learning_rate"):
         width = model.config.get_text_config().hidden_size
         args.train.learning_rate = default_learning_rate(name, width, args.recipe)
         args.sources["learning_rate"] = f"adapter {name}"
         notes.append(f"learning rate {args.train.learning_rate:g}: a first value for {name} at width {width}")
     return notes
+
+
+def _is_shaped_like(model: PreTrainedModel, path: str) -> bool:
+    """Say whether a model has the architecture and the sizes of the one in a folder."""
+    file = Path(beside_recipe(path)) / "config.json"
+    if not file.is_file():
+        return False
+    theirs, ours = json.loads(file.read_text(encoding="utf-8")), model.config.to_dict()
+    sizes = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    return all(theirs.get(key) == ours.get(key) for key in sizes)
 
 
 def _same(key: str) -> tuple[str, ...]:

@@ -110,6 +110,7 @@ class Arguments:
             library's own default needs an accelerator and there is none.
         recipe: the script's name, e.g. "dpo".
         also: instances of the extra dataclasses given to `parse`, in their order.
+        defaults: the recipe's DEFAULTS, as they are written there.
     """
 
     data: DataArguments
@@ -119,6 +120,7 @@ class Arguments:
     sources: dict[str, str]
     recipe: str
     also: tuple = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
 
 
 def parse(train_class: type, defaults: dict, argv: list[str] | None = None, also: tuple = ()) -> Arguments:
@@ -171,6 +173,7 @@ def parse(train_class: type, defaults: dict, argv: list[str] | None = None, also
         sources,
         recipe,
         tuple(built[extra] for extra in also),
+        defaults,
     )
     if argv is None:
         open_run(args)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import peft
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, RewardConfig, SFTConfig
 
@@ -141,7 +143,9 @@ def test_learning_rate_of_the_recipe_belongs_to_its_own_method(toy, tmp_path):
     assert rate(peft="lora") == 0.123
     assert rate("--peft", "lora", "--learning_rate", "0.5") == 0.5
     assert rate("--peft", "lora") == adapters.default_learning_rate("lora", 64)
-    assert rate("--model_name_or_path", toy) == adapters.default_learning_rate("none", 64)
+    assert rate("--model_name_or_path", shutil.copytree(toy, tmp_path / "made of it")) == 0.123
+    other = ROOT / "data" / "tiny" / "model"
+    assert rate("--model_name_or_path", other) == adapters.default_learning_rate("none", 128)
     assert adapters.default_learning_rate("lora", 4096) < adapters.default_learning_rate("lora", 1024)
     assert adapters.default_learning_rate("lora", 2000) == pytest.approx(5e-4)
     assert adapters.default_learning_rate("lora", 2000, "dpo") < 2e-5
@@ -152,15 +156,11 @@ def test_ia3_targets_come_from_the_layers(toy, toy_bert):
     for folder, kind in ((toy, AutoModelForCausalLM), (toy_bert, AutoModelForMaskedLM)):
         model = kind.from_pretrained(folder)
         every, feedforward = targets.attention_and_feedforward(model)
-        made = peft.get_peft_model(
-            model, peft.IA3Config(target_modules=every, feedforward_modules=feedforward)
-        )
+        made = peft.get_peft_model(model, peft.IA3Config(target_modules=every, feedforward_modules=feedforward))
         layers = {n: m for n, m in made.named_modules() if isinstance(m, peft.tuners.ia3.IA3Layer)}
         first = {n.split(".0.", 1)[1]: m.is_feedforward for n, m in layers.items() if ".0." in n}
         names[folder] = first
-    assert names[toy] == dict.fromkeys((f"self_attn.{p}_proj" for p in "qkvo"), False) | {
-        "mlp.down_proj": True
-    }
+    assert names[toy] == dict.fromkeys((f"self_attn.{p}_proj" for p in "qkvo"), False) | {"mlp.down_proj": True}
     attention = (
         "attention.self.query",
         "attention.self.key",
@@ -232,9 +232,7 @@ def test_other_methods_say_that_they_cannot_train_control_tokens(toy, tmp_path):
     assert any("<|im_end|>" in note and "ia3 cannot" in note for note in notes)
 
 
-@pytest.mark.parametrize(
-    "name", ["adalora", "vera", "oft", "boft", "loha", "lokr", "ln_tuning", "hra", "fourierft"]
-)
+@pytest.mark.parametrize("name", ["adalora", "vera", "oft", "boft", "loha", "lokr", "ln_tuning", "hra", "fourierft"])
 def test_pefts_other_methods_go_by_their_own_name(toy, tmp_path, name):
     _, model = adapted(arguments(toy, tmp_path, "--peft", name))
     assert 0 < models.parameters(model)[0] < models.parameters(model)[1]
