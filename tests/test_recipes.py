@@ -200,7 +200,7 @@ def test_sft_teaches_to_answer_and_to_stop(learnt, measured):
 @pytest.mark.parametrize(("recipe", "metric"), [("dpo", "rewards/accuracies"), ("reward", "accuracy")])
 def test_pairs_are_told_apart(learnt, recipe, metric):
     before, after = held_out(learnt / recipe, "loss")
-    assert after < before - 0.004
+    assert after < 0.85 * before
     before, after = held_out(learnt / recipe, metric)
     assert after > max(before, 0.6)
 
@@ -208,9 +208,9 @@ def test_pairs_are_told_apart(learnt, recipe, metric):
 @pytest.mark.slow
 def test_kto_moves_thumbs_apart(learnt):
     before, after = held_out(learnt / "kto", "loss")
-    assert before == pytest.approx(0.5, abs=1e-3) and after < 0.499
+    assert before == pytest.approx(0.5, abs=1e-3) and after < 0.48
     before, after = held_out(learnt / "kto", "rewards/margins")
-    assert abs(before) < 1e-3 and after > 0.005
+    assert abs(before) < 1e-3 and after > 0.3
 
 
 @pytest.mark.slow
