@@ -46,9 +46,7 @@ def coerce(name: str, value: Any, hint: Any, where: str, choices: list | None = 
     """
     alternatives = members(hint)
     optional = type(None) in alternatives
-    if any(
-        named_choices(a) for a in alternatives
-    ):  # `SchedulerType | str` means the text of one of its values
+    if any(named_choices(a) for a in alternatives):  # `SchedulerType | str` means the text of one of its values
         alternatives = [a for a in alternatives if a is not str]
     if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and optional):
         if name in KEEP_NONE_WORD:
@@ -96,9 +94,7 @@ def refused(name: str, value: Any, where: str, allowed: list) -> InputError:
     """Build the error for a value outside a closed list."""
     near = nearest(str(value), [str(a) for a in allowed])
     hint = f"did you mean {near}? " if near else ""
-    return InputError(
-        f"{name} is {value!r}", where=where, fix=f"{hint}it is one of {', '.join(map(str, allowed))}"
-    )
+    return InputError(f"{name} is {value!r}", where=where, fix=f"{hint}it is one of {', '.join(map(str, allowed))}")
 
 
 def read_as(name: str, value: Any, hint: Any, where: str) -> tuple[bool, Any]:

@@ -45,9 +45,7 @@ class Difference:
     visible: float
 
 
-def paired(
-    first: Sequence[float], second: Sequence[float], *, seed: int = 0, confidence: float = 0.95
-) -> Difference:
+def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0, confidence: float = 0.95) -> Difference:
     """Compare two score vectors over the same rows, in the same order.
 
     0/1 scores: McNemar's exact test; any other: a sign-flip permutation test of the mean difference. The
@@ -60,9 +58,7 @@ def paired(
     """
     a, b = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
     if a.shape != b.shape or a.ndim != 1:
-        raise InputError(
-            f"{a.size} scores cannot be paired with {b.size}", fix="give both models the same rows"
-        )
+        raise InputError(f"{a.size} scores cannot be paired with {b.size}", fix="give both models the same rows")
     if a.size < 2:
         raise InputError(f"{a.size} row(s) in common", why="a difference needs at least two rows")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):

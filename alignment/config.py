@@ -52,22 +52,16 @@ class DataArguments:
 
     data: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Training rows: a file, a folder, a hub id (org/name:config@split) or a data/*.yaml."
-        },
+        metadata={"help": "Training rows: a file, a folder, a hub id (org/name:config@split) or a data/*.yaml."},
     )
     eval_data: list[str] | None = field(
         default=None, metadata={"help": "Rows to evaluate on during training, written like --data."}
     )
     test_size: float = field(
         default=0.05,
-        metadata={
-            "help": "Held out where the data have no test split: below 1 a share, else rows; 0 for none."
-        },
+        metadata={"help": "Held out where the data have no test split: below 1 a share, else rows; 0 for none."},
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read rows as they are needed; nothing is kept."}
-    )
+    streaming: bool = field(default=False, metadata={"help": "Read rows as they are needed; nothing is kept."})
     allow_test_split: bool = field(default=False, metadata={"help": "Train on a split that is called test."})
     on_bad_row: Literal["stop", "drop"] = field(
         default="stop", metadata={"help": "What to do with a row that cannot be trained on."}
@@ -96,9 +90,7 @@ class PeftArguments:
         default="none",
         metadata={"help": "none (all weights), lora, qlora, dora, ia3, prefix, prompt, ptuning, …"},
     )
-    peft_args: dict = field(
-        default_factory=dict, metadata={"help": "The method's own settings, e.g. '{\"r\": 64}'."}
-    )
+    peft_args: dict = field(default_factory=dict, metadata={"help": "The method's own settings, e.g. '{\"r\": 64}'."})
 
 
 @dataclass
@@ -285,14 +277,10 @@ def read_flags(known: dict, hints: dict, argv: list[str]) -> tuple[dict[str, Any
             name = word.lstrip("-").split("=")[0]
             check_known(name, known, "the command line", flag=True)
     if rest:
-        raise InputError(
-            f"{rest[0]!r} belongs to no option", where="the command line", fix="--help lists the options"
-        )
+        raise InputError(f"{rest[0]!r} belongs to no option", where="the command line", fix="--help lists the options")
     configs = flags.pop("config", [])
     if len(configs) > 1:
-        raise InputError(
-            "--config is given more than once", where="the command line", fix="join the files into one"
-        )
+        raise InputError("--config is given more than once", where="the command line", fix="join the files into one")
     flags = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in flags.items()}
     return flags, configs[0] if configs else "", wants_help
 
@@ -303,9 +291,7 @@ def with_underscores(word: str) -> str:
     return "--" + name[2:].replace("-", "_") + equals + value if word.startswith("--") else word
 
 
-def add_flag(
-    parser: argparse.ArgumentParser, name: str, hint: Any, aliases: list[str] | str, known: dict
-) -> None:
+def add_flag(parser: argparse.ArgumentParser, name: str, hint: Any, aliases: list[str] | str, known: dict) -> None:
     """Add `--name`; switches may stand alone or as `--no_name`, lists take several words."""
     names = [f"--{name}", *([aliases] if isinstance(aliases, str) else aliases)]
     if accepts(hint, bool):
@@ -322,9 +308,7 @@ def print_help(recipe: str, known: dict, groups: dict, values: dict, everything:
 
     shared = {f.name for f in dataclasses.fields(TrainingArguments)}
     print(f"usage: {recipe}.py [--config FILE.yaml] [--option value …]\n")
-    print(
-        "Command line > --config > the recipe's DEFAULTS > the library; '*' marks what the first three set."
-    )
+    print("Command line > --config > the recipe's DEFAULTS > the library; '*' marks what the first three set.")
     for cls, title in groups.items():
         print(f"\n{title}:")
         for name, (owner, fld) in known.items():
@@ -337,9 +321,7 @@ def print_help(recipe: str, known: dict, groups: dict, values: dict, everything:
             print(f"  --{name} {'*' if name in values else ''}[{as_written(default)}]")
             print(textwrap.fill(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8))
     if not everything:
-        print(
-            "\nAll other options of transformers' TrainingArguments are accepted too: --help_all lists them."
-        )
+        print("\nAll other options of transformers' TrainingArguments are accepted too: --help_all lists them.")
 
 
 def as_written(value: Any) -> str:

@@ -102,9 +102,7 @@ def streamed(args: Arguments, parts: list[Part], want: Wanted, notes: list[str])
     """
     ledger, policy, size = Ledger(), args.data.on_bad_row, want.test_size
     notes.append("rows are read while training: the ledger grows as they come")
-    train = open_streams(
-        [p for p in parts if p.role == "train"], want.kind, want.to_row, policy, ledger, notes
-    )
+    train = open_streams([p for p in parts if p.role == "train"], want.kind, want.to_row, policy, ledger, notes)
     own = open_streams([p for p in parts if p.role == "eval"], want.kind, want.to_row, policy, ledger, notes)
     if not own and 0 < size < 1:
         if written(args, "test_size"):
@@ -257,9 +255,7 @@ def mix(
         order = rng.permutation(len(table.rows))[: min(n, len(table.rows))]
         held, kept = np.sort(order[:k]), np.sort(order[k:])
         extra = (
-            [int(i) for i in itertools.islice(repeated(kept, rng), max(0, n - len(table.rows)))]
-            if len(kept)
-            else []
+            [int(i) for i in itertools.islice(repeated(kept, rng), max(0, n - len(table.rows)))] if len(kept) else []
         )
         used = [table.rows[i] for i in (*kept, *extra)]
         book(ledger, table, used, [table.rows[i] for i in held], repeats=len(extra))
@@ -304,9 +300,7 @@ def note_twins(train: list[dict], test: list[dict], kind: str, notes: list[str])
     seen = {k for row in train if known and (k := key(row)) in known}
     twins = sum(key(row) in seen for row in test) if seen else 0
     if twins:
-        notes.append(
-            f"{twins:,} of {len(test):,} rows to evaluate on are also in the training rows, word for word"
-        )
+        notes.append(f"{twins:,} of {len(test):,} rows to evaluate on are also in the training rows, word for word")
 
 
 def build(rows: list[dict]) -> Dataset:
@@ -342,7 +336,5 @@ def mixed_column(rows: list[dict], columns: list[str]) -> str:
             if row[column] is not None:
                 firsts.setdefault(type(row[column]).__name__, row)
         if len(firsts) > 1:
-            return f"{column}: " + ", ".join(
-                f"{kind} in {r['source']} row {r['row']}" for kind, r in firsts.items()
-            )
+            return f"{column}: " + ", ".join(f"{kind} in {r['source']} row {r['row']}" for kind, r in firsts.items())
     return ", ".join(columns)

@@ -16,9 +16,7 @@ class InputError(ValueError):
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = ""):
         self.what, self.where, self.why, self.fix = what, where, why, fix
         lines = [what]
-        lines += [
-            f"  {name:<5} {text}" for name, text in (("where", where), ("why", why), ("fix", fix)) if text
-        ]
+        lines += [f"  {name:<5} {text}" for name, text in (("where", where), ("why", why), ("fix", fix)) if text]
         super().__init__("\n".join(lines))
 
 

@@ -62,9 +62,7 @@ def name_models(words: list[str]) -> dict[str, str]:
         if not equals or "/" in name:
             name, path = Path(word).name or word, word
         if name in models:
-            raise InputError(
-                f"two models are called {name}", where="--model", fix=f"give one a name: other={path}"
-            )
+            raise InputError(f"two models are called {name}", where="--model", fix=f"give one a name: other={path}")
         models[name] = path
     return models
 

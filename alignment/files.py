@@ -221,18 +221,14 @@ def read_csv(text: str, path: Path, delimiter: str) -> Iterator[tuple[int, dict]
         return
     doubled = sorted({name for name in header if header.count(name) > 1 or not name.strip()})
     if doubled:
-        raise InputError(
-            f"{path.name} has a header with {doubled[0]!r} twice or empty", where=f"{path}, line 1"
-        )
+        raise InputError(f"{path.name} has a header with {doubled[0]!r} twice or empty", where=f"{path}, line 1")
     for number, cells in enumerate((c for c in reader if c), 1):
         if len(cells) == len(header):
             yield number, dict(zip(header, cells, strict=True))
         else:
             yield (
                 number,
-                Broken(
-                    f"{len(cells)} cells where the header has {len(header)} (ends in line {reader.line_num})"
-                ),
+                Broken(f"{len(cells)} cells where the header has {len(header)} (ends in line {reader.line_num})"),
             )
 
 
@@ -264,6 +260,4 @@ def read_table(path: Path, kind: str) -> Iterator[tuple[int, dict]]:
                 number += 1
                 yield number, row
     except pa.ArrowInvalid as error:
-        raise InputError(
-            f"{path.name} cannot be read", where=str(path), why=str(error).split("\n")[0]
-        ) from error
+        raise InputError(f"{path.name} cannot be read", where=str(path), why=str(error).split("\n")[0]) from error

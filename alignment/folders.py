@@ -24,9 +24,7 @@ def check_model(path: str | Path, revision: str = "main") -> None:
         _check_hub_id(str(path), revision)
         return
     if not any(folder.iterdir()):
-        raise InputError(
-            f"the model folder {path} is empty", where="--model_name_or_path", fix=_other_folder(folder)
-        )
+        raise InputError(f"the model folder {path} is empty", where="--model_name_or_path", fix=_other_folder(folder))
     if not (folder / "config.json").is_file():
         raise InputError(
             f"no config.json in {path}",
@@ -39,9 +37,7 @@ def check_model(path: str | Path, revision: str = "main") -> None:
         raise InputError(
             f"no *.safetensors in {path}",
             where="--model_name_or_path",
-            why=f"{old[0]} is a pickle, which can run code when it is read"
-            if old
-            else "there are no weights",
+            why=f"{old[0]} is a pickle, which can run code when it is read" if old else "there are no weights",
             fix="load it once where you trust it and save_pretrained() it: that writes safetensors",
         )
     _check_shards(folder)
@@ -64,13 +60,9 @@ def _check_shards(folder: Path) -> None:
 def _check_hub_id(name: str, revision: str) -> None:
     """Raise InputError when the name is a local path that is not there, or a hub id out of reach."""
     folder = Path(name).expanduser()
-    is_path = (
-        name.count("/") > 1 or name.startswith((".", "/", "~")) or (folder.parent.is_dir() and "/" in name)
-    )
+    is_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or (folder.parent.is_dir() and "/" in name)
     if is_path:
-        raise InputError(
-            f"no model folder at {name}", where="--model_name_or_path", fix=_other_folder(folder)
-        )
+        raise InputError(f"no model folder at {name}", where="--model_name_or_path", fix=_other_folder(folder))
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         return
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision), str):

@@ -127,8 +127,7 @@ def generate_answers(
         for rows in batches(mine, ids, batch_size, equal=has_virtual_tokens(model)):
             new = generate_batch(model, tokenizer.pad_token_id, [ids[i] for i in rows], rows, decoding)
             answers = [
-                read_answer(tokenizer, tokens, encoder.stops, len(ids[i]))
-                for tokens, i in zip(new, rows, strict=True)
+                read_answer(tokenizer, tokens, encoder.stops, len(ids[i])) for tokens, i in zip(new, rows, strict=True)
             ]
             found += zip(rows, answers, strict=True)
             made += sum(answer.tokens for answer in answers)
@@ -179,9 +178,7 @@ def check_room(ids: list[list[int]], model: PreTrainedModel | PeftModel, max_new
                 f"{limit:,} positions",
                 where=f"prompt {index + 1}",
                 why="beyond them a model says anything",
-                fix=f"--max_new_tokens {limit - len(tokens)} or less"
-                if len(tokens) < limit
-                else "leave the row out",
+                fix=f"--max_new_tokens {limit - len(tokens)} or less" if len(tokens) < limit else "leave the row out",
             )
 
 
@@ -235,9 +232,7 @@ def generate_batch(
     return out[:, width:].tolist()
 
 
-def read_answer(
-    tokenizer: PreTrainedTokenizerBase, tokens: list[int], stops: set[int], prompt_tokens: int
-) -> Answer:
+def read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stops: set[int], prompt_tokens: int) -> Answer:
     """Cut new tokens at the first stop token and decode them; what follows it is padding."""
     end = next((i for i, token in enumerate(tokens) if token in stops), None)
     body = tokens if end is None else tokens[:end]
@@ -254,9 +249,7 @@ class SampleByRow(LogitsProcessor):
 
     def __init__(self, rows: list[int], decoding: Decoding, device: torch.device):
         draws = [np.random.default_rng((decoding.seed, row)).random(decoding.max_new_tokens) for row in rows]
-        self.precision = (
-            torch.float32 if device.type == "mps" else torch.float64
-        )  # Apple's GPUs have no double
+        self.precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no double
         self.draws = torch.tensor(np.array(draws), dtype=self.precision, device=device)  # (rows, new tokens)
         self.step = 0
         self.warpers = [TemperatureLogitsWarper(decoding.temperature)]

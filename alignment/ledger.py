@@ -97,13 +97,9 @@ class Ledger:
         for source, a in self.accounts.items():
             out = sum(a.kept.values()) + sum(rows for rows, _ in a.dropped.values())
             if a.read + a.repeated != out:
-                raise LedgerError(
-                    f"{source}: {a.read} read + {a.repeated} repeated != {out} accounted for: {a}"
-                )
+                raise LedgerError(f"{source}: {a.read} read + {a.repeated} repeated != {out} accounted for: {a}")
             numbers = [a.read, a.repeated, *a.kept.values()]
-            numbers += [
-                n for pair in (*a.dropped.values(), *a.cut.values(), *a.tokens.values()) for n in pair
-            ]
+            numbers += [n for pair in (*a.dropped.values(), *a.cut.values(), *a.tokens.values()) for n in pair]
             if min(numbers) < 0:
                 raise LedgerError(f"{source}: a count below zero: {a}")
             if any(trained > tokens for tokens, trained in a.tokens.values()):
@@ -142,11 +138,7 @@ class Ledger:
         table = Table(title="What happened to the rows", caption=self.caption(), caption_justify="left")
         table.add_column("source", max_width=32, overflow="fold")
         heads = ("read", "repeated", "train", "test", "unused", "dropped", "cut", "trained")
-        shown = [
-            h
-            for h in heads
-            if h in ("read", "train") or any(self.cells(a)[h] for a in self.accounts.values())
-        ]
+        shown = [h for h in heads if h in ("read", "train") or any(self.cells(a)[h] for a in self.accounts.values())]
         for head in shown:
             table.add_column(head, justify="right", no_wrap=True)
         for name, a in self.accounts.items():
@@ -173,9 +165,7 @@ class Ledger:
         lines = []
         for name, a in self.accounts.items():
             lines += [f"{name}: {rows:,} rows dropped, {cause}" for cause, (rows, _) in a.dropped.items()]
-            lines += [
-                f"{name}: {r:,} rows of {s} cut by {t:,} tokens, {c}" for (s, c), (r, t) in a.cut.items()
-            ]
+            lines += [f"{name}: {r:,} rows of {s} cut by {t:,} tokens, {c}" for (s, c), (r, t) in a.cut.items()]
         for split in ("train", "test"):
             pairs = [a.tokens[split] for a in self.accounts.values() if split in a.tokens]
             if pairs:

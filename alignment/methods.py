@@ -70,9 +70,7 @@ METHODS = {
     "rslora": Method("LORA", 2.5e-4, _LORA | {"r": 64, "lora_alpha": 16, "use_rslora": True}),
     "ia3": Method("IA3", 7e-3),
     "prefix": Method("PREFIX_TUNING", 7e-3, {"num_virtual_tokens": 32}),
-    "prompt": Method(
-        "PROMPT_TUNING", 1.5e-3, {"num_virtual_tokens": 32, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    ),
+    "prompt": Method("PROMPT_TUNING", 1.5e-3, {"num_virtual_tokens": 32, "prompt_tuning_init": "SAMPLE_VOCAB"}),
     "ptuning": Method("P_TUNING", 1.5e-3, {"num_virtual_tokens": 32}),
     "adalora": Method("ADALORA", 1e-3, {"init_r": 24, "target_r": 16, "lora_alpha": 32}),
     "vera": Method("VERA", 4e-3, {"r": 256}),
@@ -121,15 +119,11 @@ def resolve(args: Arguments) -> str:
     if name == "none" and not explicit(args, "peft") and (args.model.use_peft or lora_flags(args)):
         name = "lora"
     if name == "none" and args.model.use_peft:
-        raise InputError(
-            "--use_peft asks for an adapter and --peft none for none", where="--peft", fix="--peft lora"
-        )
+        raise InputError("--use_peft asks for an adapter and --peft none for none", where="--peft", fix="--peft lora")
     _checklora_flags(args, name)
     _check_quantized(args, name)
     if name == "none" and args.peft.peft_args:
-        raise InputError(
-            "--peft_args without a method", where="--peft_args", fix="add --peft lora (or another)"
-        )
+        raise InputError("--peft_args without a method", where="--peft_args", fix="add --peft lora (or another)")
     if name == "lora" and args.model.load_in_4bit:
         return "qlora"
     return name
@@ -153,9 +147,7 @@ def _checklora_flags(args: Arguments, name: str) -> None:
 
 def _check_quantized(args: Arguments, name: str) -> None:
     """Raise InputError when a quantised base cannot be trained this way."""
-    bits = (
-        "--load_in_4bit" if args.model.load_in_4bit else "--load_in_8bit" if args.model.load_in_8bit else ""
-    )
+    bits = "--load_in_4bit" if args.model.load_in_4bit else "--load_in_8bit" if args.model.load_in_8bit else ""
     if bits and name == "none":
         raise InputError(
             f"{bits} with full fine-tuning",

@@ -60,8 +60,7 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, Sequence[str]]], f
         footer: small print.
     """
     body = "".join(
-        f"<section><h2>{to_html(head)}</h2>{''.join(map(to_html, parts))}</section>"
-        for head, parts in sections
+        f"<section><h2>{to_html(head)}</h2>{''.join(map(to_html, parts))}</section>" for head, parts in sections
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -91,8 +90,7 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]], texts: int =
 
     def cells(values: Sequence[object], tag: str) -> str:
         return "".join(
-            f"<{tag}{' class=n' if i >= texts else ''}>{to_html(value)}</{tag}>"
-            for i, value in enumerate(values)
+            f"<{tag}{' class=n' if i >= texts else ''}>{to_html(value)}</{tag}>" for i, value in enumerate(values)
         )
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
@@ -108,9 +106,7 @@ def picture(light: str | Path, dark: str | Path | None = None, caption: str = ""
 
     other = f'<source media="(prefers-color-scheme: dark)" srcset="{source(dark)}">' if dark else ""
     image = f'<img width="{width * 2 // 3}" alt="{escape(caption)}" src="{source(light)}">'
-    return Html(
-        f"<figure><picture>{other}{image}</picture><figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return Html(f"<figure><picture>{other}{image}</picture><figcaption>{escape(caption)}</figcaption></figure>")
 
 
 def intervals(rows: Sequence[tuple[str, float, float, float]], unit: str = "%") -> Html:
@@ -144,8 +140,7 @@ def side_by_side(question: str, wanted: str, answers: Sequence[tuple[str, str, b
     """Show a question with (model, answer, is it right) next to each other."""
     marks = {True: "<span class=good>right</span>", False: "<span class=bad>wrong</span>"}
     cells = "".join(
-        f"<div><h3>{escape(name)} {marks[bool(right)]}</h3>"
-        f"{escape(text) or '<span class=soft>(nothing)</span>'}</div>"
+        f"<div><h3>{escape(name)} {marks[bool(right)]}</h3>{escape(text) or '<span class=soft>(nothing)</span>'}</div>"
         for name, text, right in answers
     )
     return Html(

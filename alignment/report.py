@@ -145,15 +145,11 @@ def read_result(path: str | Path) -> Result:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(
-            f"there is no result file {path}", fix="eval/generate.py … --output " + str(path)
-        ) from error
+        raise InputError(f"there is no result file {path}", fix="eval/generate.py … --output " + str(path)) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a result file: {error}") from error
     if not isinstance(content, dict) or "schema" not in content:
-        raise InputError(
-            f'{path} is not a result file: it has no "schema"', fix="give a file of an eval/ script"
-        )
+        raise InputError(f'{path} is not a result file: it has no "schema"', fix="give a file of an eval/ script")
     if content["schema"] != SCHEMA:
         raise InputError(
             f"{path} has schema {content['schema']}, this version reads {SCHEMA}",
@@ -238,9 +234,7 @@ def results_table(results: Mapping[str, Result], widest: int = 4) -> Table:
             table.add_section()
         previous = group
         label = (
-            name
-            if metrics[0] is None or metrics[0].get("unit", "share") == "share"
-            else _with_unit(name, metrics[0])
+            name if metrics[0] is None or metrics[0].get("unit", "share") == "share" else _with_unit(name, metrics[0])
         )
         table.add_row(label, "/".join(f"{c:,}" for c in sorted(counts)), *map(show, metrics))
     return table

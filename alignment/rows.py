@@ -49,11 +49,7 @@ def check_sft(row: dict, alternate: bool) -> Iterator[Problem]:
     """Check a conversation, a prompt with its completion, or a text."""
     if "messages" in row:
         yield from check_messages("messages", row["messages"], alternate)
-        if (
-            isinstance(row["messages"], list)
-            and row["messages"]
-            and "assistant" not in roles(row["messages"])
-        ):
+        if isinstance(row["messages"], list) and row["messages"] and "assistant" not in roles(row["messages"]):
             yield Problem(
                 "messages",
                 f"no assistant turn (roles: {', '.join(map(str, roles(row['messages'])))})",
@@ -91,18 +87,12 @@ def check_thumb(row: dict, alternate: bool) -> Iterator[Problem]:
     if isinstance(label, bool):
         return
     if isinstance(label, str):
-        fix = (
-            f"write {label.lower()} without quotes"
-            if label.lower() in ("true", "false")
-            else "write true or false"
-        )
+        fix = f"write {label.lower()} without quotes" if label.lower() in ("true", "false") else "write true or false"
         yield Problem("label", f"the text {label!r}", "as text, 'false' counts as true", fix, "label is text")
     elif label is None:
         yield Problem("label", "no value", "the loss needs it", "write true or false", "label missing")
     else:
-        yield Problem(
-            "label", f"{label!r}, neither true nor false", "", "write true or false", "label is no bool"
-        )
+        yield Problem("label", f"{label!r}, neither true nor false", "", "write true or false", "label is no bool")
 
 
 def check_prompt(row: dict, alternate: bool) -> Iterator[Problem]:
@@ -146,24 +136,18 @@ def roles(messages: list) -> list[Any]:
 def check_text(column: str, value: Any) -> Iterator[Problem]:
     """Check that a value is text with something in it."""
     if value is None:
-        yield Problem(
-            column, "no value", "the row is incomplete", "fill it in or drop the row", f"{column} missing"
-        )
+        yield Problem(column, "no value", "the row is incomplete", "fill it in or drop the row", f"{column} missing")
     elif not isinstance(value, str):
         what = f"a {type(value).__name__} ({str(value)[:40]!r}), not text"
         yield Problem(column, what, "only text can be tokenised", "write it as text", f"{column} is no text")
     elif not value.strip():
-        yield Problem(
-            column, "empty" if not value else "only white space", "", "drop the row", f"{column} empty"
-        )
+        yield Problem(column, "empty" if not value else "only white space", "", "drop the row", f"{column} empty")
 
 
 def check_messages(column: str, messages: Any, alternate: bool) -> Iterator[Problem]:
     """Check each turn, and the order of the turns where `alternate` asks for it."""
     if not isinstance(messages, list) or not messages:
-        what = {type(None): "no value", list: "an empty list"}.get(
-            type(messages), f"a {type(messages).__name__}"
-        )
+        what = {type(None): "no value", list: "an empty list"}.get(type(messages), f"a {type(messages).__name__}")
         why = "chosen and rejected share no beginning, or nothing was asked" if column == "prompt" else ""
         fix = "a list of {role, content}"
         yield Problem(column, f"{what}, not a list of turns", why, fix, f"{column}: no turns")
@@ -197,9 +181,7 @@ def check_turn(column: str, message: Any) -> Iterator[Problem]:
     if message.get("tool_calls") and not content:
         return
     if isinstance(content, list):
-        kinds = sorted(
-            {str(p.get("type")) if isinstance(p, dict) else type(p).__name__ for p in content} - {"text"}
-        )
+        kinds = sorted({str(p.get("type")) if isinstance(p, dict) else type(p).__name__ for p in content} - {"text"})
         what = f"parts of type {', '.join(kinds) or 'none'}"
         yield Problem(
             f"{column}.content",
@@ -209,12 +191,8 @@ def check_turn(column: str, message: Any) -> Iterator[Problem]:
             "content is not only text",
         )
     elif not isinstance(content, str):
-        what = (
-            "no value" if content is None else f"a {type(content).__name__} ({str(content)[:40]!r}), not text"
-        )
-        yield Problem(
-            f"{column}.content", what, "only text can be tokenised", "write it as text", "content is no text"
-        )
+        what = "no value" if content is None else f"a {type(content).__name__} ({str(content)[:40]!r}), not text"
+        yield Problem(f"{column}.content", what, "only text can be tokenised", "write it as text", "content is no text")
     elif not content.strip() and role in ("user", "assistant"):
         why = "the model would learn to say nothing" if role == "assistant" else "there is nothing to answer"
         yield Problem(f"{column}.content", f"empty {role} turn", why, "drop the row", f"empty {role} turn")

@@ -159,10 +159,7 @@ def disk_parts(path: Path) -> list[Part]:
 
     found = load_from_disk(str(path))
     splits = found if isinstance(found, DatasetDict) else {"train": found}
-    return [
-        Part(f"{path.name}/{s}", f"{path}, split {s}", s, lambda d=d: enumerate(d, 1))
-        for s, d in splits.items()
-    ]
+    return [Part(f"{path.name}/{s}", f"{path}, split {s}", s, lambda d=d: enumerate(d, 1)) for s, d in splits.items()]
 
 
 def choose(parts: list[Part], split: str, purpose: str, where: str) -> list[Part]:
@@ -297,9 +294,7 @@ def check_source(source: dict, where: str) -> None:
             raise InputError(f"{key} is {value!r}", where=where, fix="a number above 0")
     for key in ("config", "split"):
         if not isinstance(source.get(key, ""), str):
-            raise InputError(
-                f"{key} is {source[key]!r}, not text", where=where, fix=f'{key}: "{source[key]}"'
-            )
+            raise InputError(f"{key} is {source[key]!r}, not text", where=where, fix=f'{key}: "{source[key]}"')
     columns = source.get("columns", {})
     if not isinstance(columns, dict) or not all(isinstance(x, str) for pair in columns.items() for x in pair):
         raise InputError("columns is no mapping of names", where=where, fix="columns: {theirs: ours}")
@@ -313,9 +308,5 @@ def source_parts(source: dict, folder: Path, purpose: str, streaming: bool) -> l
         raise InputError("a declaration inside a declaration", where=str(path), fix="list its sources here")
     if path is not None:
         return local_parts(path, split, purpose)
-    spec = (
-        source["path"]
-        + (f":{source['config']}" if "config" in source else "")
-        + (f"@{split}" if split else "")
-    )
+    spec = source["path"] + (f":{source['config']}" if "config" in source else "") + (f"@{split}" if split else "")
     return hub_parts(spec, split, purpose, streaming)

@@ -117,9 +117,7 @@ def open_streams(
     opened = [open_stream(part, kind, to_row, policy, ledger, notes) for part in parts]
     chat = any(is_chat(first) for _, first in opened)
     if chat and any("text" in first for _, first in opened):
-        raise InputError(
-            "plain text and conversations in one stream", fix="train on them one after the other"
-        )
+        raise InputError("plain text and conversations in one stream", fix="train on them one after the other")
     for stream, _ in opened:
         stream.chat = chat
     return [stream for stream, _ in opened]

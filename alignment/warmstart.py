@@ -106,9 +106,7 @@ class EncoderState(TrainerCallback):
     def on_save(self, args, state, control, model=None, **kwargs):
         """Write the encoder into the checkpoint."""
         if state.is_world_process_zero:
-            weights = {
-                key: value.contiguous().cpu() for key, value in model.prompt_encoder.state_dict().items()
-            }
+            weights = {key: value.contiguous().cpu() for key, value in model.prompt_encoder.state_dict().items()}
             save_file(weights, self._file(args, state))
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

@@ -95,9 +95,7 @@ def measure(form: str, data: str, args: argparse.Namespace, folder: str) -> dict
         gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     began, count = time.perf_counter(), TokenCount()
-    trainer = THEIRS[form](
-        model=loaded.model, args=stock, train_dataset=raw, processing_class=loaded.tokenizer
-    )
+    trainer = THEIRS[form](model=loaded.model, args=stock, train_dataset=raw, processing_class=loaded.tokenizer)
     count_tokens(trainer.model, count)
     trainer.train()
     results["TRL"] = numbers(count, began)

@@ -101,9 +101,7 @@ def column(rows: list[dict], name: str, where: str) -> list[float]:
 def compare(pairs: list[tuple[dict, dict]], args: Namespace, where: str) -> Difference:
     """Return the difference of second minus first over the joined rows."""
     first, second = zip(*pairs, strict=True)
-    return paired(
-        column(list(first), args.column, where), column(list(second), args.column, where), seed=args.seed
-    )
+    return paired(column(list(first), args.column, where), column(list(second), args.column, where), seed=args.seed)
 
 
 def table_of(differences: dict[tuple[str, ...], Difference], heads: list[str]) -> Table:
@@ -155,9 +153,7 @@ def main() -> None:
     results = read_all(args.files)
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     names = list(results)
-    chosen = (
-        list(itertools.combinations(names, 2)) if args.pairs == "all" else [(names[0], n) for n in names[1:]]
-    )
+    chosen = list(itertools.combinations(names, 2)) if args.pairs == "all" else [(names[0], n) for n in names[1:]]
     joined = {}
     for pair in chosen:
         first, second = (results[name] for name in pair)
@@ -170,9 +166,7 @@ def main() -> None:
     console.print(table_of(found, ["first", "second"]))
     for pair, difference in found.items():
         console.print("- " + sentence(difference, *pair), soft_wrap=False)
-    console.print(
-        f"  Interval: {next(iter(found.values())).interval}. Test: {next(iter(found.values())).test}."
-    )
+    console.print(f"  Interval: {next(iter(found.values())).interval}. Test: {next(iter(found.values())).test}.")
     if len(found) > 1:
         console.print(f"  p-values hold for all {len(found)} comparisons together (Holm).")
     for pair, rows in joined.items():
@@ -194,9 +188,7 @@ def show_groups(console: Console, pairs: list, names: tuple[str, str], args: Nam
     single = [name for name, rows in groups.items() if len(rows) < 2]
     found = {(n,): compare(rows, args, n) for n, rows in sorted(groups.items()) if len(rows) > 1}
     found = dict(zip(found, corrected(list(found.values())), strict=True))
-    console.print(
-        f"\n[bold]by {args.by}[/bold]: {names[0]} and {names[1]}, p-values corrected for the table (Holm)"
-    )
+    console.print(f"\n[bold]by {args.by}[/bold]: {names[0]} and {names[1]}, p-values corrected for the table (Holm)")
     console.print(table_of(found, [args.by]))
     if single:
         console.print(f"  one row only, not compared: {', '.join(single)}")

@@ -174,9 +174,7 @@ def side_by_side(results: dict[str, Result]) -> list[str]:
     """Return the chosen questions, each with the three answers."""
     blocks = []
     for rows in choose_questions(results):
-        answers = [
-            (NAMES[name], said(row, 110), row["score"] == 1) for name, row in zip(results, rows, strict=True)
-        ]
+        answers = [(NAMES[name], said(row, 110), row["score"] == 1) for name, row in zip(results, rows, strict=True)]
         blocks.append(page.side_by_side(rows[0]["prompt"], rows[0]["answer"], answers))
     return blocks
 
@@ -229,9 +227,7 @@ def main() -> None:
     install_excepthook()
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default="outputs/demo", help="cleared first, if a demo made it")
-    parser.add_argument(
-        "--max_steps", type=int, help="stop each training after this many steps (for a quick look)"
-    )
+    parser.add_argument("--max_steps", type=int, help="stop each training after this many steps (for a quick look)")
     parser.add_argument("--limit", type=int, help="ask this many questions only")
     args = parser.parse_args([with_underscores(word) for word in sys.argv[1:]])
     os.chdir(ROOT)
@@ -248,9 +244,7 @@ def main() -> None:
     show_answers(console, results)
     path = write_page(folder, results, seconds)
     total = sum(seconds.values())
-    console.print(
-        f"\nDone in {total // 60:.0f} min {total % 60:.0f} s. The whole story: {path}", soft_wrap=True
-    )
+    console.print(f"\nDone in {total // 60:.0f} min {total % 60:.0f} s. The whole story: {path}", soft_wrap=True)
     console.print("\n[bold]Now with:[/bold]")
     for what, command in NEXT:
         console.print(f"  {what:<15} {command}", soft_wrap=True, markup=False)

@@ -70,9 +70,7 @@ def evaluate(name: str, rows: list[dict], args: Namespace) -> Result:
     model, tokenizer, dtype = load(args.models[name], args)
     started = time.perf_counter()
     prompts = [ask(row["prompt"], args) for row in rows]
-    answers = generate_answers(
-        model, tokenizer, prompts, args.decoding, batch_size=args.batch_size, label=name
-    )
+    answers = generate_answers(model, tokenizer, prompts, args.decoding, batch_size=args.batch_size, label=name)
     scored = []
     for row, answer in zip(rows, answers, strict=True):
         made = {"stopped": answer.stopped, "tokens": answer.tokens, "text": answer.text}
@@ -123,9 +121,7 @@ def main() -> None:
     args = read_arguments(parser)
     from alignment.generation import Decoding
 
-    args.decoding = Decoding(
-        args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.num_beams, args.seed
-    )
+    args.decoding = Decoding(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.num_beams, args.seed)
     rows = read_rows(args)
     results = {}
     for name in args.models:

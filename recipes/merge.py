@@ -13,9 +13,7 @@ from alignment.config import install_excepthook
 
 def main() -> None:
     """Read the command line and merge."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="the folder of the adapter")
     parser.add_argument("--out", required=True, help="the new folder for the merged model")
     options = parser.parse_args()

@@ -39,9 +39,7 @@ SENTENCES = [
 
 
 # Deprecations are errors (setup.cfg), save those that the pinned libraries raise against each other.
-NOT_OURS = (
-    r"ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
-)  # PEFT 0.21 asks transformers 5.23
+NOT_OURS = (r"ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",)  # PEFT 0.21 asks transformers 5.23
 
 
 def pytest_configure(config):

@@ -107,9 +107,7 @@ def score_z(up: int, down: int, rows: int, delta: float) -> float:
     return (up - down - rows * delta) / np.sqrt(rows * (2 * share + delta * (1 - delta)))
 
 
-@pytest.mark.parametrize(
-    ("up", "down", "rows"), [(12, 2, 50), (5, 1, 400), (0, 7, 90), (3, 3, 30), (1, 0, 60)]
-)
+@pytest.mark.parametrize(("up", "down", "rows"), [(12, 2, 50), (5, 1, 400), (0, 7, 90), (3, 3, 30), (1, 0, 60)])
 def test_the_score_interval_is_what_the_score_test_keeps(up, down, rows):
     low, high = score_interval(up, down, rows)
     assert score_z(up, down, rows, low) == pytest.approx(1.959964, abs=2e-4)
@@ -183,9 +181,7 @@ def test_real_scores_use_the_permutation_test():
     assert difference.low < difference.value < difference.high
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [([1.0], [1.0]), ([1.0, 0.0], [1.0]), ([1.0, float("nan")], [1.0, 0.0])]
-)
+@pytest.mark.parametrize(("first", "second"), [([1.0], [1.0]), ([1.0, 0.0], [1.0]), ([1.0, float("nan")], [1.0, 0.0])])
 def test_scores_that_cannot_be_paired_are_refused(first, second):
     with pytest.raises(InputError):
         paired(first, second)
@@ -249,9 +245,7 @@ def files(tmp_path):
 
 def test_three_files_give_a_table_verdicts_and_changed_rows(files, monkeypatch, capsys, tmp_path):
     first, second = scores(40, 5, 100, 255)
-    paths = files(
-        base=result([0.0] * 400), sft=result(first), dpo=result(second, settings={"temperature": 1.0})
-    )
+    paths = files(base=result([0.0] * 400), sft=result(first), dpo=result(second, settings={"temperature": 1.0}))
     out = compare(monkeypatch, capsys, *paths, "--by", "task", "--output", tmp_path / "c.json")
     assert max(map(len, out.splitlines())) <= 100
     assert "dpo is better than sft by 8.8 points" in " ".join(out.split())

@@ -163,9 +163,7 @@ def test_a_value_with_hyphens_is_left_alone():
 def test_mappings_are_read_from_json_and_from_yaml(tmp_path):
     kwargs = {"attn_implementation": "eager", "nested": {"a": [1, 2]}}
     by_flag = run(["--model_init_kwargs", json.dumps(kwargs), "--peft_args", '{"r": 64}'])
-    by_file = run(
-        ["--config", write(tmp_path, yaml.safe_dump({"model_init_kwargs": kwargs, "peft_args": {"r": 64}}))]
-    )
+    by_file = run(["--config", write(tmp_path, yaml.safe_dump({"model_init_kwargs": kwargs, "peft_args": {"r": 64}}))])
     assert by_flag.train.model_init_kwargs == by_file.train.model_init_kwargs == kwargs
     assert by_flag.peft.peft_args == by_file.peft.peft_args == {"r": 64}
 
@@ -241,9 +239,7 @@ def test_every_default_of_the_library_is_a_value_we_accept(cls):
             "bf16": st.just(False),
             "lr_scheduler_type": st.sampled_from(["linear", "cosine", "constant"]),
             "loss_type": st.lists(st.sampled_from(["sigmoid", "sft", "ipo"]), min_size=1, max_size=2),
-            "run_name": st.text("abc-_ 19", min_size=1).filter(
-                lambda s: not s.startswith("-") and s.strip() == s
-            ),
+            "run_name": st.text("abc-_ 19", min_size=1).filter(lambda s: not s.startswith("-") and s.strip() == s),
             "peft_args": st.dictionaries(st.sampled_from(["r", "lora_alpha"]), st.integers(1, 9)),
         },
     )
@@ -251,11 +247,7 @@ def test_every_default_of_the_library_is_a_value_we_accept(cls):
 def test_flag_file_and_recipe_give_the_same_value(tmp_path, values):
     argv = []
     for name, value in values.items():
-        words = (
-            value
-            if isinstance(value, list)
-            else [json.dumps(value) if isinstance(value, dict) else str(value)]
-        )
+        words = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
         argv += [f"--{name}", *words]
     by_flag = run(argv, {})
     by_file = run(["--config", write(tmp_path, yaml.safe_dump(values) if values else "beta: 0.1")], {})

@@ -29,9 +29,7 @@ def arguments(*data, sources=None, seed=42, data_seed=None, **options):
 
 
 def chat(text):
-    return {
-        "messages": [{"role": "user", "content": f"q {text}"}, {"role": "assistant", "content": f"a {text}"}]
-    }
+    return {"messages": [{"role": "user", "content": f"q {text}"}, {"role": "assistant", "content": f"a {text}"}]}
 
 
 def write(path, rows):
@@ -46,9 +44,7 @@ def places(dataset):
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
-    rows = [
-        {"instruction": f"q{i}", "output": "two\nlines, and a comma" if i == 1 else f"a{i}"} for i in range(4)
-    ]
+    rows = [{"instruction": f"q{i}", "output": "two\nlines, and a comma" if i == 1 else f"a{i}"} for i in range(4)]
     write(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
     (tmp_path / "c.json").write_text("\n".join(map(json.dumps, rows)))
@@ -139,9 +135,7 @@ def test_relative_paths_start_here_and_then_at_the_repository(tmp_path, monkeypa
 def test_bad_rows_are_counted_by_cause_with_three_examples(tmp_path):
     empty = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": ""}]}
     strange = {"messages": [{"role": "uzer", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    path = write(
-        tmp_path / "a.jsonl", [chat(1), empty, empty, strange, {"messages": []}, {"other": 1}, empty]
-    )
+    path = write(tmp_path / "a.jsonl", [chat(1), empty, empty, strange, {"messages": []}, {"other": 1}, empty])
     with pytest.raises(InputError) as caught:
         load_splits(arguments(path), "sft")
     error = caught.value
@@ -212,9 +206,7 @@ def test_a_folder_of_files_and_a_folder_of_save_to_disk(tmp_path):
         load_splits(arguments(tmp_path / "kinds"), "sft")
 
 
-@pytest.mark.parametrize(
-    "name", ["test.jsonl", "set_test.jsonl", "test-00000-of-00001.jsonl", "set/test.jsonl"]
-)
+@pytest.mark.parametrize("name", ["test.jsonl", "set_test.jsonl", "test-00000-of-00001.jsonl", "set/test.jsonl"])
 def test_a_test_split_is_no_training_data_unless_told_so(tmp_path, name):
     path = write(tmp_path / name, [chat(i) for i in range(4)])
     with pytest.raises(InputError, match="is called test"):
@@ -301,9 +293,7 @@ def test_every_rank_gets_the_same_rows(tmp_path):
         environment = os.environ | {"PYTHONHASHSEED": rank, "RANK": rank, "LOCAL_RANK": rank}
         command = [sys.executable, "-c", PROCESS, str(declaration)]
         outs.append(
-            subprocess.run(
-                command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment
-            ).stdout
+            subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
         )
     assert outs[0] == outs[1] and outs[0].count("a.jsonl") > 5
 
@@ -392,9 +382,7 @@ def test_a_declaration_that_cannot_be_meant(tmp_path, text, message):
 
 def test_columns_are_renamed(tmp_path):
     write(tmp_path / "a.jsonl", [{"ask": "q", "say": "a", "prompt": "other"}] * 3)
-    (tmp_path / "mix.yaml").write_text(
-        "sources:\n  - path: a.jsonl\n    columns: {ask: prompt, say: completion}\n"
-    )
+    (tmp_path / "mix.yaml").write_text("sources:\n  - path: a.jsonl\n    columns: {ask: prompt, say: completion}\n")
     train = load_splits(arguments(tmp_path / "mix.yaml", test_size=0), "sft").train
     assert (train[0]["prompt"], train[0]["completion"]) == ("q", "a")
 
@@ -437,9 +425,7 @@ def test_the_recipes_function_maps_rows_of_any_columns(tmp_path):
 
 
 def test_what_the_recipes_function_makes_is_checked_too(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl", [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)]
-    )
+    path = write(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(3)])
     with pytest.raises(InputError, match="3 x chosen equals rejected"):
         load_splits(arguments(path), "preference", lambda row: row | {"chosen": row["rejected"]})
     splits = load_splits(arguments(path, test_size=0), "preference", lambda row: row | {"margin": 0.5})
@@ -554,9 +540,7 @@ def test_a_stream_has_the_rows_of_the_file(tmp_path):
 
 def test_a_stream_sets_its_first_rows_aside(tmp_path):
     declaration = mixture(tmp_path, [30, 50], weight=[1, 3])
-    splits = load_splits(
-        arguments(declaration, test_size=8, streaming=True, sources={"test_size": "flag"}), "sft"
-    )
+    splits = load_splits(arguments(declaration, test_size=8, streaming=True, sources={"test_size": "flag"}), "sft")
     train = places(splits.train)
     assert sorted(places(splits.test)) == [(f"{n}.jsonl", i) for n in "ab" for i in range(1, 5)]
     assert len(train) == 72 and not set(train) & set(places(splits.test))
@@ -566,9 +550,7 @@ def test_a_stream_sets_its_first_rows_aside(tmp_path):
     notes = load_splits(arguments(declaration, streaming=True), "sft").notes
     assert any("--test_size 500 sets the first 500 aside" in note for note in notes)
     with pytest.raises(InputError, match="nobody knows how long a stream is"):
-        load_splits(
-            arguments(declaration, test_size=0.1, streaming=True, sources={"test_size": "flag"}), "sft"
-        )
+        load_splits(arguments(declaration, test_size=0.1, streaming=True, sources={"test_size": "flag"}), "sft")
 
 
 DECLARATIONS = sorted((ROOT / "data").glob("*.yaml"))

@@ -22,9 +22,7 @@ PAGES += [ROOT / folder / "README.md" for folder in ("recipes", "eval", "data")]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES if path.exists()}
 SCRIPTS = sorted(path for folder in ("recipes", "eval", "data") for path in (ROOT / folder).glob("*.py"))
 LIBRARY = sorted((ROOT / "alignment").glob("*.py"))
-YAMLS = sorted(
-    p for d in ("recipes/presets", "accelerate_configs", "data") for p in (ROOT / d).glob("*.yaml")
-)
+YAMLS = sorted(p for d in ("recipes/presets", "accelerate_configs", "data") for p in (ROOT / d).glob("*.yaml"))
 COMMAND = re.compile(
     r"(?:accelerate launch (?:-\S+ (?:[^-\s]\S* )?)*|python )(?:recipes|eval|data|benchmarks)/\w+\.py[^`\n]*"
 )

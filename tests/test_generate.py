@@ -191,8 +191,7 @@ def rows_file(tmp_path_factory, prompts):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     tasks = ["a", "b", "b"]
     lines = [
-        {"prompt": p, "answer": str(i), "verifier": "contains", "task": tasks[i % 3]}
-        for i, p in enumerate(prompts)
+        {"prompt": p, "answer": str(i), "verifier": "contains", "task": tasks[i % 3]} for i, p in enumerate(prompts)
     ]
     path.write_text("\n".join(map(json.dumps, [*lines, lines[0]])))
     return path
@@ -327,10 +326,7 @@ def test_a_limit_chooses_the_same_rows_every_time_and_keeps_their_order(tmp_path
     path.write_text("\n".join(json.dumps({"prompt": "q", "answer": str(i)}) for i in range(50)))
     script = runpy.run_path(str(ROOT / "eval" / "generate.py"))
     chosen = [
-        [
-            int(row["answer"])
-            for row in script["read_rows"](Namespace(data=str(path), verifier="exact", limit=n))
-        ]
+        [int(row["answer"]) for row in script["read_rows"](Namespace(data=str(path), verifier="exact", limit=n))]
         for n in (10, 10, 20)
     ]
     assert chosen[0] == chosen[1] == sorted(chosen[0]) != list(range(10))

@@ -23,9 +23,7 @@ BAD = {
     "row cannot be read": None,
 }
 SOURCES = st.lists(
-    st.lists(st.sampled_from(["good"] * 4 + list(BAD)), min_size=1, max_size=25).map(
-        lambda rows: ["good", *rows]
-    ),
+    st.lists(st.sampled_from(["good"] * 4 + list(BAD)), min_size=1, max_size=25).map(lambda rows: ["good", *rows]),
     min_size=1,
     max_size=3,
 )
@@ -67,9 +65,7 @@ def test_rows_in_are_rows_accounted_for(tmp_path, sources, numbers, how, test_si
     counted = splits.ledger.to_dict()["sources"]
     for i, written in enumerate(sources):
         name = f"s{i}.jsonl"
-        account = counted.get(
-            name, {"read": 0, "repeated": 0, "train": 0, "test": 0, "unsampled": 0, "dropped": {}}
-        )
+        account = counted.get(name, {"read": 0, "repeated": 0, "train": 0, "test": 0, "unsampled": 0, "dropped": {}})
         for split, got in rows.items():
             assert sum(r["source"] == name for r in got) == account[split]
         if streaming and how == "rows":

@@ -29,18 +29,11 @@ from alignment.errors import InputError
 from alignment.folders import find_base
 from alignment.warmstart import ready
 
-ROWS = Dataset.from_list(
-    [{"prompt": f"Is {i} odd?", "completion": " yes" if i % 2 else " no"} for i in range(8)]
-)
+ROWS = Dataset.from_list([{"prompt": f"Is {i} odd?", "completion": " yes" if i % 2 else " no"} for i in range(8)])
 PAIRS = Dataset.from_list(
-    [
-        {"prompt": f"Is {i} odd?", "chosen": [" no", " yes"][i % 2], "rejected": " I do not know"}
-        for i in range(8)
-    ]
+    [{"prompt": f"Is {i} odd?", "chosen": [" no", " yes"][i % 2], "rejected": " I do not know"} for i in range(8)]
 )
-THUMBS = Dataset.from_list(
-    [{"prompt": f"Is {i}?", "completion": " yes", "label": i % 2 == 0} for i in range(8)]
-)
+THUMBS = Dataset.from_list([{"prompt": f"Is {i}?", "completion": " yes", "label": i % 2 == 0} for i in range(8)])
 TRAINERS = {
     "sft": (SFTConfig, SFTTrainer, ROWS),
     "dpo": (DPOConfig, DPOTrainer, PAIRS),
@@ -116,9 +109,7 @@ def test_preferences_start_from_the_tuned_model_as_reference(tuned, tmp_path, re
     assert distance <= (0.3 if loaded.method == "qlora" else 1e-4) * answer(before).abs().max()
 
 
-@pytest.mark.parametrize(
-    "flags", [["--peft", "ia3"], ["--peft", "lora", "--lora_r", "2"], ["--peft", "prompt"]]
-)
+@pytest.mark.parametrize("flags", [["--peft", "ia3"], ["--peft", "lora", "--lora_r", "2"], ["--peft", "prompt"]])
 def test_a_new_adapter_keeps_its_merged_base_and_may_be_moved(tuned, tmp_path, flags):
     trainer, loaded, _ = train(tuned / "lora", tmp_path / "out", "dpo", *flags)
     expected = answer(trainer.model)
@@ -146,12 +137,8 @@ def test_score_alone_is_score_in_a_batch(toy, tmp_path, name):
     with torch.no_grad():
         trainer.model.eval()
         together = trainer.model(**batch).logits[:, 0]
-        alone = torch.stack(
-            [trainer.model(**tokenizer([t], return_tensors="pt")).logits[0, 0] for t in texts]
-        )
-    torch.testing.assert_close(
-        together.float(), alone.float(), atol=0.02 if name == "qlora" else 1e-5, rtol=0.02
-    )
+        alone = torch.stack([trainer.model(**tokenizer([t], return_tensors="pt")).logits[0, 0] for t in texts])
+    torch.testing.assert_close(together.float(), alone.float(), atol=0.02 if name == "qlora" else 1e-5, rtol=0.02)
     assert (together[0] - together[1]).abs() > 1e-4
 
 
@@ -409,9 +396,9 @@ def test_architectures_that_do_not_fit(toy, toy_bert, tmp_path):
         models.load_model(arguments(toy_bert, tmp_path))
     folder = tmp_path / "t5"
     shutil.copytree(toy, folder)
-    T5Config(
-        d_model=32, num_layers=1, num_heads=2, architectures=["T5ForConditionalGeneration"]
-    ).save_pretrained(folder)
+    T5Config(d_model=32, num_layers=1, num_heads=2, architectures=["T5ForConditionalGeneration"]).save_pretrained(
+        folder
+    )
     for head in ("causal", "sequence"):
         with pytest.raises(InputError, match="t5 is an encoder-decoder"):
             models.load_model(arguments(folder, tmp_path), head)
@@ -529,9 +516,7 @@ def test_vision_parts_of_a_model_are_left_alone(tmp_path, toy):
 def test_an_evaluation_does_not_change_what_a_quantised_base_learns(toy, tmp_path):
     def gradient(evaluate_first):
         torch.manual_seed(0)
-        _, model = adapted(
-            arguments(toy, tmp_path, "--peft", "qlora", "--peft_args", '{"lora_dropout": 0.0}')
-        )
+        _, model = adapted(arguments(toy, tmp_path, "--peft", "qlora", "--peft_args", '{"lora_dropout": 0.0}'))
         if evaluate_first:
             answer(model)
         model.train()

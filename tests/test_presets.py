@@ -78,11 +78,7 @@ def test_preset_parses_with_its_recipe(path, monkeypatch, defaults):
     assert all(args.sources[key].startswith("file") for key in written)
     hardware = load_config_from_file(str(ROOT / words[3]))
     assert (hardware.num_processes == 8) == ("-8x80gb" in path.name)
-    batch = (
-        args.train.per_device_train_batch_size
-        * args.train.gradient_accumulation_steps
-        * hardware.num_processes
-    )
+    batch = args.train.per_device_train_batch_size * args.train.gradient_accumulation_steps * hardware.num_processes
     assert 16 <= batch <= 128
 
 
@@ -107,9 +103,7 @@ def test_hardware_file_is_read_by_accelerate(path):
         from accelerate.commands.launch import launch_command_parser
 
         known = vars(launch_command_parser().parse_args(["script.py"]))
-        unknown = [
-            key for part in (found.fsdp_config, found.deepspeed_config) for key in part if key not in known
-        ]
+        unknown = [key for part in (found.fsdp_config, found.deepspeed_config) for key in part if key not in known]
         assert not unknown, f"accelerate would ignore {unknown}"
     assert path.read_text(encoding="utf-8").startswith("# ")
 
