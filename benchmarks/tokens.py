@@ -35,13 +35,13 @@ THEIRS = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer}
 CONFIGS = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig}
 
 
-def count_tokens(model: torch.nn.Module, count: TokenCount) -> None:
-    """Make every forward pass of the policy in training count its real and computed tokens."""
+def count_tokens(model: torch.nn.Module, policy: torch.nn.Module, count: TokenCount) -> None:
+    """Make every forward pass of a model count its real and computed tokens, while the policy trains."""
     forward = model.forward
 
     def counted(*args, **inputs):
         mask = inputs.get("attention_mask")
-        if model.training and mask is not None:
+        if policy.training and mask is not None:
             count.add(int(mask.sum()), mask.numel())
         return forward(*args, **inputs)
 
@@ -96,7 +96,9 @@ def measure(form: str, data: str, args: argparse.Namespace, folder: str) -> dict
     )  # fmt: skip
     began, count = time.perf_counter(), TokenCount()
     trainer = THEIRS[form](model=loaded.model, args=stock, train_dataset=raw, processing_class=loaded.tokenizer)
-    count_tokens(trainer.model, count)
+    count_tokens(trainer.model, trainer.model, count)
+    if form == "dpo":
+        count_tokens(trainer.ref_model, trainer.model, count)
     trainer.train()
     results["TRL"] = numbers(count, began)
     return results
