@@ -143,6 +143,8 @@ def peft_config(
     task = {"causal": "CAUSAL_LM", "sequence": "SEQ_CLS"}[head]
     try:
         return config_class(task_type=task, **(values | user)), notes
+    except ImportError as error:  # AdaMSS wants scikit-learn, others may want more
+        raise InputError(str(error), where=f"--peft {name}", fix="install it, or choose another method") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} refuses these values: {error}", where="--peft_args") from error
 
