@@ -209,9 +209,11 @@ def conclude(console: Console, record: dict[str, Any], rows: Tokenized, folder: 
         return
     console.print(f"Weights, README.md, run.json and curves.png are in {folder}")
     if rows.form != "reward":
+        embedded = all(str(name).startswith("data/tiny") for name in record["arguments"]["data"]["value"])
         console.print(
-            f"To measure it: accelerate launch eval/generate.py --model {folder} --data data/tiny/prompts "
-            f"--output {folder}/generate.json",
+            f"To measure it: accelerate launch eval/generate.py --model {folder} "
+            f"--data {'data/tiny/prompts' if embedded else 'held_out.jsonl'} --output {folder}/generate.json"
+            + ("" if embedded else "  (rows with the columns prompt and answer)"),
             soft_wrap=True,
         )
 

@@ -10,10 +10,7 @@ in one page, outputs/demo/index.html.
 import json
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -22,14 +19,10 @@ from scipy import stats
 
 from alignment import page
 from alignment.config import Parser, install_excepthook, with_underscores
-from alignment.errors import InputError
 from alignment.report import Result, curve_series, draw_curves, read_result, sparkline, write_text
+from alignment.road import ROOT, clear, read_log, run_command
 
 BASE, ROWS = "data/tiny/model", "data/tiny/prompts"
-MARKER = ".made-by-the-demo"
-ROOT = Path(__file__).resolve().parents[1]
-# accelerate's own defaults; without them it lists them at every start.
-LAUNCH = ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 NAMES = {"base": "base", "sft": "after SFT", "dpo": "after DPO"}
 NEXT = (
     ("your own model", "accelerate launch recipes/sft.py --model_name_or_path Qwen/Qwen3-0.6B --peft lora"),
@@ -61,36 +54,6 @@ def steps(folder: Path, args: Namespace) -> list[tuple[str, list[str]]]:
     ]
 
 
-def run(console: Console, number: int, what: str, words: list[str]) -> float:
-    """Run one step with its output on the screen; return its seconds. A failed step ends the demo."""
-    console.print(f"\n[bold]{number}. {what}[/bold]")
-    console.print("$ " + " ".join(words), style="cyan", soft_wrap=True, markup=False)
-    start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "accelerate.commands.launch"]
-    start += [] if words[0] == "python" else LAUNCH
-    began = time.monotonic()
-    done = subprocess.run([*start, *words[1:]], cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        raise InputError(
-            f"step {number} ended with status {done.returncode}",
-            where=" ".join(words),
-            fix="the reason stands above; the same command can be run by hand",
-        )
-    return time.monotonic() - began
-
-
-def clear(folder: Path) -> None:
-    """Empty the demo's own folder; one that the demo did not make is left alone."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-        raise InputError(
-            f"{folder} has files in it that are not the demo's",
-            why="the demo starts with an empty folder",
-            fix="--output_dir outputs/another-demo",
-        )
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / MARKER).write_text("make demo clears this folder\n")
-
-
 def wilson(result: Result) -> tuple[float, float, float]:
     """Return the share of right answers with its 95 % interval (Wilson)."""
     right = sum(row["score"] for row in result.rows)
@@ -115,8 +78,7 @@ def choose_questions(results: dict[str, Result]) -> list[tuple[dict, ...]]:
 
 def read_run(folder: Path) -> tuple[list[dict], dict]:
     """Return the log of a training run and what it wrote about itself."""
-    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return log, json.loads((folder / "run.json").read_text())
+    return read_log(folder), json.loads((folder / "run.json").read_text())
 
 
 def show_curves(console: Console, name: str, log: list[dict]) -> None:
@@ -239,7 +201,7 @@ def main() -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     seconds = {}
     for number, (what, words) in enumerate(steps(folder, args), start=1):
-        seconds[what] = run(console, number, what, words)
+        seconds[what] = run_command(console, number, what, words).seconds
     console.print("\n[bold]5. how it learnt[/bold]")
     for name in ("sft", "dpo"):
         show_curves(console, name, read_run(folder / name)[0])
