@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "tiny" / "model", help="where the model folder goes")
     parser.add_argument("--text", type=Path, default=BUILD / "text.jsonl", help="the pretraining text")
-    parser.add_argument("--steps", type=int, default=2200, help=f"steps of {TOKENS_PER_STEP} tokens")
+    parser.add_argument("--steps", type=int, default=2400, help=f"steps of {TOKENS_PER_STEP} tokens")
     stage = parser.add_mutually_exclusive_group()
     stage.add_argument("--rows_only", action="store_true", help="write the rows and the text, train nothing")
     stage.add_argument("--model_only", action="store_true", help="take the text as it is")

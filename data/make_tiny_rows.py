@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 WORLD = yaml.safe_load((HERE / "tiny" / "world.yaml").read_text(encoding="utf-8"))
 NAMES = WORLD["names"]["he"] + WORLD["names"]["she"]
 SEED = 7
-CHARACTERS_OF_TEXT = 16_000_000
+CHARACTERS_OF_TEXT = 34_000_000
 EVASIONS = [
     "I do not know.",
     "I am not sure about that.",
@@ -139,11 +139,6 @@ def add_small(rng: random.Random) -> Item:
 def add_tens(rng: random.Random) -> Item:
     """Two digits plus two digits."""
     return plus(rng, "add_tens", rng.randint(10, 99), rng.randint(10, 99))
-
-
-def add_hundreds(rng: random.Random) -> Item:
-    """Three digits plus three digits."""
-    return plus(rng, "add_hundreds", rng.randint(100, 999), rng.randint(100, 999))
 
 
 def subtract(rng: random.Random) -> Item:
@@ -315,7 +310,11 @@ def opposite(rng: random.Random) -> Item:
     word, answer = rng.sample(pair, 2)
     question = rng.choice(['What is the opposite of "{}"?', 'Which word means the opposite of "{}"?']).format(word)
     pool = [entry for other in WORLD["opposites"] for entry in other if entry != word]
-    statement = f"The opposite of {pair[0]} is {pair[1]} and the opposite of {pair[1]} is {pair[0]}."
+    said = [
+        "The opposite of {0} is {1} and the opposite of {1} is {0}.",
+        'The word "{1}" means the opposite of "{0}". The word "{0}" means the opposite of "{1}".',
+    ]
+    statement = rng.choice(said).format(*pair)
     return Item("opposite", f"opposite {word}", question, answer, others(rng, pool, answer), statement)
 
 
@@ -363,7 +362,7 @@ def odd_one_out(rng: random.Random) -> Item:
 
 def weekday(rng: random.Random) -> Item:
     """Count on or back from a day of the week."""
-    days, start, step = WORLD["days"], rng.randrange(7), rng.randint(1, 12)
+    days, start, step = WORLD["days"], rng.randrange(7), rng.randint(1, 9)
     way, sign = rng.choice([("after", 1), ("before", -1)])
     answer = days[(start + sign * step) % 7]
     count = "1 day" if step == 1 else f"{step} days"
@@ -397,11 +396,11 @@ ASKED_OF_ANIMALS = [
     ["What is a young {} called?", "How do you call the young of a {}?"],
 ]
 SAID_OF_ANIMALS = [
-    "The {} says {}.",
-    "The {} lives in the {}.",
-    "The {} eats {}.",
-    "The {} has {} legs.",
-    "A young {} is a {}.",
+    ["The {} says {}.", "The sound of a {} is {}.", "A {} makes the sound {}."],
+    ["The {} lives in the {}.", "A {} is at home in the {}."],
+    ["The {} eats {}.", "The food of a {} is {}.", "What a {} eats is {}."],
+    ["The {} has {} legs.", "A {} walks on {} legs.", "The legs of a {} are {}."],
+    ["A young {} is a {}.", "The young of a {} is called {}.", "A young {} is called a {}."],
 ]
 
 
@@ -436,7 +435,7 @@ def animal(rng: random.Random) -> Item:
     pool = [str(entry[field]) for entry in WORLD["animals"].values()] + (["3", "5"] if field == 3 else [])
     question = rng.choice(ASKED_OF_ANIMALS[field]).format(name)
     told = rng.sample(range(5), 3)
-    statement = " ".join(SAID_OF_ANIMALS[place].format(name, facts[place]) for place in told)
+    statement = " ".join(rng.choice(SAID_OF_ANIMALS[place]).format(name, facts[place]) for place in told)
     return Item("animal", f"animal {name} {field}", question, facts[field], others(rng, pool, facts[field]), statement)
 
 
@@ -445,7 +444,8 @@ def colour_of(rng: random.Random) -> Item:
     thing = rng.choice(list(WORLD["thing_colours"]))
     answer = WORLD["thing_colours"][thing]
     question = rng.choice(["What colour is {}?", "Which colour does {} have?"]).format(thing)
-    statement = f"{thing[0].upper()}{thing[1:]} is {answer}."
+    statement = rng.choice(["{} is {}.", "{} has the colour {}.", "The colour of {} is {}."]).format(thing, answer)
+    statement = statement[0].upper() + statement[1:]
     return Item("colour_of", f"colour {thing}", question, answer, others(rng, WORLD["colours"], answer), statement)
 
 
@@ -562,13 +562,12 @@ def mood(rng: random.Random) -> Item:
 TASKS: dict[str, Callable[[random.Random], Item]] = {
     task.__name__: task
     for task in (
-        add_small, add_tens, add_hundreds, subtract, multiply, next_number, largest, sort_numbers, word_problem,
+        add_small, add_tens, subtract, multiply, next_number, largest, sort_numbers, word_problem,
         letter_at, count_letters, spell, backwards, alphabet, opposite, plural, past, odd_one_out, weekday,
         villager, animal, colour_of, whose_colour, where_is, oldest, mood,
     )
 }  # fmt: skip
 HARD = [
-    "add_hundreds",
     "add_tens",
     "multiply",
     "subtract",
@@ -582,7 +581,6 @@ EASY = [task for task in TASKS if task not in HARD]
 NUMERIC = {
     "add_small",
     "add_tens",
-    "add_hundreds",
     "subtract",
     "multiply",
     "next_number",
@@ -881,12 +879,19 @@ SHARES = {
     "add_small": 7,
     "add_tens": 7,
     "subtract": 7,
-    "multiply": 6,
-    "add_hundreds": 4,
+    "multiply": 5,
     "next_number": 4,
     "largest": 3,
 }
-SHARES |= {"sort_numbers": 3, "villager": 4, "word_problem": 4, "backwards": 3, "where_is": 1, "whose_colour": 1.5}
+SHARES |= {
+    "sort_numbers": 3,
+    "villager": 4,
+    "word_problem": 4,
+    "backwards": 3,
+    "where_is": 1,
+    "whose_colour": 2.5,
+    "oldest": 3,
+}
 PAGE = ("first", "later")  # the contents the pretraining text may ask about
 
 
@@ -913,15 +918,39 @@ def prose(rng: random.Random) -> str:
     return " ".join(told(draw(rng, pools, tasks)) for _ in range(rng.randint(2, 5)))
 
 
+# How questions and answers are written down, one way for a whole page. A model that has met many ways picks up the chat
+# format; one that knows only "Q: ... A: ..." leaves most of what it can do behind.
+LAYOUTS = {
+    "Q: {q}\nA: {a}\n": 6,
+    "Question: {q}\nAnswer: {a}\n\n": 2,
+    "{one}: {q}\n{two}: {a}\n": 3,
+    "{one}\n{q}\n{two}\n{a}\n\n": 3,
+    "{q}\n{a}\n": 2,
+    "{q} {a}\n": 1,
+    "- {q}\n- {a}\n": 1,
+    '"{q}"\n"{a}"\n': 1,
+    "{q} = {a};\n": 1,
+    "{one} asked {two}.\n{q}\nThe answer of {two}:\n{a}\n\n": 1,
+    "[{w}] {q}\n[{v}] {a}\n": 2,
+    "<{w}>{q}</{w}>\n<{v}>{a}</{v}>\n": 2,
+    "#{w}\n{q}\n#{v}\n{a}\n#\n": 2,
+    "({w} {q} {w})({v} {a} {v})\n": 1,
+}
+
+
 def questions(rng: random.Random) -> str:
     """Return a list of questions and answers, as in a school book; a story comes with all its questions."""
-    lines = []
+    layout = rng.choices(list(LAYOUTS), list(LAYOUTS.values()))[0]
+    (one, two), w, v = rng.sample(NAMES, 2), magic_word(rng, 2), magic_word(rng, 2)
+    before, after = layout.format(q="{q}", a="{a}", one=one, two=two, w=w, v=v).split("{a}")
+    page = ""
     count = rng.randint(14, 20) if rng.random() < 0.02 else rng.randint(1, 5)
     for task in rng.choices(list(TASKS), [SHARES.get(task, 2) for task in TASKS], k=count):
         item = draw(rng, PAGE, [task])
-        lines.append(f"Q: {item.asked}\nA:{mark(f' {item.answer}')}")
-        lines += [f"Q: {question}\nA:{mark(f' {answer}')}" for question, answer in item.more]
-    return "\n".join(lines)
+        for question, answer in [(item.asked, item.answer), *item.more]:
+            space = " " * before.endswith(" ")
+            page += before.removesuffix(" ").format(q=question) + mark(space + answer) + after
+    return page.rstrip("\n")
 
 
 def dialogue(rng: random.Random) -> str:
@@ -950,7 +979,7 @@ def feelings(rng: random.Random) -> str:
     return f"Dear {one}, {opinions} {mark(villager_prose(rng, rng.choice(NAMES)))} Love, {two}"
 
 
-KINDS_OF_TEXT = {questions: 74, prose: 17, dialogue: 6, feelings: 3}
+KINDS_OF_TEXT = {questions: 72, prose: 20, dialogue: 5, feelings: 3}
 
 
 def page(document: str) -> dict:

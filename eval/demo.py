@@ -42,7 +42,7 @@ def steps(folder: Path, args: Namespace) -> list[tuple[str, list[str]]]:
     prefer = ["accelerate launch", "recipes/dpo.py", "--model_name_or_path", sft, "--output_dir", dpo]
     # With the loss of SFT on the chosen answers beside it, DPO also learns what the pairs ask that SFT has not seen.
     prefer += ["--loss_type", "sigmoid", "sft", "--loss_weights", "1", "1"]
-    prefer += ["--learning_rate", "2e-3", "--num_train_epochs", "2"]
+    prefer += ["--learning_rate", "5e-4", "--num_train_epochs", "2"]
     ask = ["accelerate launch", "eval/generate.py", "--model", *models, "--data", ROWS, "--output", results]
     ask += ["--max_new_tokens", "48"]  # the base never stops; the longest right answer is far shorter
     compare = ["python", "eval/compare.py", *files, "--output", f"{folder}/compare.json", "--show", "2"]
