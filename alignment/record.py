@@ -30,6 +30,7 @@ HEADLINE = {
     "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
     "kto": ("loss", "rewards/margins", "kl"),
     "reward": ("loss", "accuracy", "margin"),
+    "prompt": ("reward", "completions/mean_length", "completions/clipped_ratio", "kl"),
 }
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "plumbline")
 SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")

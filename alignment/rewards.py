@@ -5,7 +5,7 @@ A row names its verifier in the column "verifier"; "answer" holds what the verif
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 
 from alignment.errors import InputError, nearest
@@ -81,6 +81,25 @@ def verifier(name: str, *, where: str = "") -> Callable[[str, str], float]:
         why="it decides which answers count as right",
         fix=(f"did you mean {near}? " if near else "") + f"there are {', '.join(VERIFIERS)}",
     )
+
+
+def verify(completions: Sequence[str | list[dict]], verifiers: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Return the score of each completion by the verifier that its row names.
+
+    Args:
+        completions: texts, or lists of turns whose last one is looked at.
+        verifiers: the column "verifier". answers: the column "answer", what the verifier needs.
+
+    Raises:
+        InputError: there is no such verifier, or it cannot use the answer.
+    """
+    triples = zip(completions, verifiers, answers, strict=True)
+    return [verifier(name)(last_text(text).strip(), answer) for text, name, answer in triples]
+
+
+def last_text(said: str | list[dict]) -> str:
+    """Return the text of a prompt or an answer: itself, or that of its last turn."""
+    return said if isinstance(said, str) else (said[-1].get("content") or "") if said else ""
 
 
 def squeeze(text: str) -> str:
