@@ -22,6 +22,7 @@ from alignment.errors import InputError
 from alignment.rewarding import Checked, RewardModel, checked
 from alignment.trainers import Guard
 
+
 @dataclass
 class Sample:
     """Answers of the policy as it stands, `num_generations` to each prompt, in the order of the prompts.
