@@ -1,7 +1,7 @@
 """Verifiers: does an answer pass the check that its row asks for? They score, and can reward.
 
-A row names its verifier in the column "verifier"; "answer" holds what the verifier needs. `verify` applies them to a batch;
-`stopped`, `repetitive` and `lengthy` are rewards of their own, for the list of `reward_funcs` of a trainer.
+A row names its verifier in the column "verifier"; "answer" holds what the verifier needs. `verify` applies them to a
+batch; `stopped`, `repetitive` and `lengthy` are rewards of their own, for the list of `reward_funcs` of a trainer.
 """
 
 import os
@@ -137,7 +137,8 @@ def verify(completions: Sequence[str | list[dict]], verifiers: Sequence[str], an
 
     Args:
         completions: texts, or lists of turns whose last one is looked at.
-        verifiers: the column "verifier". answers: the column "answer", what the verifier needs.
+        verifiers: the column "verifier".
+        answers: the column "answer", what the verifier needs.
 
     Raises:
         InputError: there is no such verifier, or it cannot use the answer.

@@ -1,19 +1,20 @@
 """Run the code in an answer against tests, where it can neither do harm nor cheat.
 
-Two processes of `alignment.jail`, started by `python -I -S` in a folder of their own that is deleted afterwards: one runs
-the tests, the other the answer, whose functions the tests call over a pipe. What is done:
+Two processes of `alignment.jail`, started by `python -I -S` in a folder of their own that is deleted afterwards: one
+runs the tests, the other the answer, whose functions the tests call over a pipe. What is done:
 
 - limits on processor time, wall-clock time, memory, the size of a file, and open files;
-- no new processes, threads, programs or signals, and no sockets (seccomp, and a network namespace where one can be had);
+- no new processes, threads, programs or signals, and no sockets (seccomp; a network namespace where one can be had);
 - no file outside the folder but those of Python's standard library, and these only to read (Landlock);
 - success is a token that only the tests' process holds, and values cross the pipe as plain data.
 
-What it is not: a virtual machine. A hole in the kernel, in CPython's JSON or in the limits on shared caches is open; so is
-the disk, up to as many files of the largest size as fit into the time. On a kernel without seccomp or Landlock, or on
-macOS, some of the walls are missing: a warning names them. Only functions with plain arguments and results can be tested,
-arguments changed in place are not seen, and nothing but the standard library can be imported.
+What it is not: a virtual machine. A hole in the kernel or in CPython's JSON is open; so is the disk, up to as many
+files of the largest size as fit into the time. On a kernel without seccomp or Landlock, or on macOS, some of the walls are
+missing: a warning names them. Only functions with plain arguments and results can be tested, arguments changed in place
+are not seen, and nothing but the standard library can be imported.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -119,10 +120,8 @@ def _run(command: list[str], job: str, folder: str, seconds: float) -> bytes:
         except subprocess.TimeoutExpired:
             said = b""
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended already
                 os.killpg(process.pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass  # it has ended already
     return said
 
 
@@ -130,8 +129,8 @@ def _warn(missing: tuple[str, ...]) -> None:
     """Say which walls this machine does not have; Python shows the same warning once."""
     if missing:
         warnings.warn(
-            f"code in answers runs with weaker walls here, against: {', '.join(missing)}. This kernel has no Landlock or "
-            "seccomp for this process. Train on answers with code in a container or virtual machine of its own",
+            f"code in answers runs with weaker walls here, against: {', '.join(missing)}. This process gets no "
+            "Landlock or seccomp from its kernel. Train on answers with code in a container or virtual machine of its own",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -27,8 +27,8 @@ DEFAULTS = dict(
     num_generations=8,
     max_completion_length=24,
     temperature=1.0,
-    # How much: 16 prompts x 8 answers an update
-    per_device_train_batch_size=128,
+    # How much: 8 prompts x 8 answers an update
+    per_device_train_batch_size=64,
     max_steps=150,
     # What is looked at, and what is kept: one answer to each held-out prompt
     num_generations_eval=1,
