@@ -219,7 +219,7 @@ def limits(name: str, recipe: str, train_args: Any) -> list[Limit]:
         found.append(Limit(f"{name}: untrained virtual tokens move the policy: the loss does not start at {usual}"))
     if samples(train_args):
         text = (
-            "PEFT lets the padding of a batch move the positions behind virtual tokens: an answer sampled alone differs"
+            "padding in a batch moves the positions behind PEFT's virtual tokens: an answer sampled alone differs"
         )
         found.append(Limit(f"{name}: {text}"))
     if name == "prompt":

@@ -9,9 +9,9 @@ runs the tests, the other the answer, whose functions the tests call over a pipe
 - success is a token that only the tests' process holds, and values cross the pipe as plain data.
 
 What it is not: a virtual machine. A hole in the kernel or in CPython's JSON is open; so is the disk, up to as many
-files of the largest size as fit into the time. On a kernel without seccomp or Landlock, or on macOS, some of the walls are
-missing: a warning names them. Only functions with plain arguments and results can be tested, arguments changed in place
-are not seen, and nothing but the standard library can be imported.
+files of the largest size as fit into the time. On a kernel without seccomp or Landlock, or on macOS, some of the walls
+are missing: a warning names them. Only functions with plain arguments and results can be tested, arguments changed in
+place are not seen, and nothing but the standard library can be imported.
 """
 
 import contextlib
@@ -130,7 +130,7 @@ def _warn(missing: tuple[str, ...]) -> None:
     if missing:
         warnings.warn(
             f"code in answers runs with weaker walls here, against: {', '.join(missing)}. This process gets no "
-            "Landlock or seccomp from its kernel. Train on answers with code in a container or virtual machine of its own",
+            "Landlock or seccomp from its kernel: train on answers with code in a container or virtual machine",
             RuntimeWarning,
             stacklevel=3,
         )
