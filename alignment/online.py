@@ -6,6 +6,7 @@ Each class is used as TRL's own, with the same arguments; what differs:
 - a reward function that raises, or returns anything else than a number or None per answer, ends the run with the row;
 - a reward function may ask for `ended`: whether each answer stopped by itself;
 - a loss or gradient that is not finite ends the run before the optimizer sees it;
+- a reward function of GRPO may return a list per answer, one number for each step: see `alignment.supervision`;
 - groups whose answers all have the same reward are counted: they teach nothing.
 """
 
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import gather_object
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer import add_fused_lm_head
 
 from alignment.errors import InputError
 from alignment.rewarding import Checked, RewardModel, checked
+from alignment.supervision import EPSILON, step_advantages, step_ends
 from alignment.trainers import Guard
 
 
@@ -113,7 +116,7 @@ class Online(Guard):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the values of all rewards, of all processes; count the groups without a difference."""
-        values = super()._calculate_rewards(*args, **kwargs)
+        values = self._values = super()._calculate_rewards(*args, **kwargs)
         if self.model.training:
             total = (values * self.reward_weights.to(values.device)).nansum(dim=1).view(-1, self.num_generations)
             self.groups += len(total)
@@ -138,9 +141,47 @@ class Online(Guard):
 
 
 class GRPOTrainer(Online, trl.GRPOTrainer):
-    """`trl.GRPOTrainer` (Shao et al. 2024) on the rows of `tokenize(..., "prompt")`."""
+    """`trl.GRPOTrainer` (Shao et al. 2024) on the rows of `tokenize(..., "prompt")`, with rewards per step, too."""
 
     _completions_at = 3
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for reward in self.rewards:
+            reward.by_step = True
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        flags = [any(steps is not None for steps in reward.steps) for reward in self.rewards]
+        flags = self.accelerator.reduce(torch.tensor(flags, device=self.accelerator.device).int(), "sum").bool()
+        if self.model.training and flags.any():
+            output["advantages"] = self._by_step(output, flags)
+        return output
+
+    def _by_step(self, output: dict[str, Any], flags: torch.Tensor) -> torch.Tensor:
+        """Return advantages per token, shape (answers of this process, tokens).
+
+        The rewards per step are normalised over their group, those of whole answers as always; by their weights the two
+        are added up.
+        """
+        size, scale = self.num_generations, self.scale_rewards != "none"
+        mask, ids = output["completion_mask"], output["completion_ids"]
+        width, mine = ids.shape[1], len(ids)
+        rows = [row[: int(kept)].tolist() for row, kept in zip(ids, mask.sum(1), strict=True)]
+        pieces = [[self._tokenizer.decode([token], skip_special_tokens=True) for token in row] for row in rows]
+        ends = gather_object([step_ends(row) for row in pieces])
+        start = self.accelerator.process_index * mine
+        whole = (self._values * self.reward_weights.to(ids.device))[:, ~flags].nansum(dim=1).view(-1, size)
+        centred = whole - whole.mean(1, keepdim=True)
+        outcome = centred / (whole.std(1, keepdim=True) + EPSILON) if scale else centred
+        total = outcome.view(-1, 1).expand(-1, width).cpu().clone()
+        for weight, reward in zip(self.reward_weights.tolist(), self.rewards, strict=True):
+            steps = gather_object([given or [] for given in reward.steps])
+            for first in range(0, len(steps), size):
+                group = slice(first, first + size)
+                places = [end if given else [] for given, end in zip(steps[group], ends[group], strict=True)]
+                total[group] += weight * step_advantages(steps[group], places, width, scale)
+        return total[start : start + mine].to(ids.device)
 
 
 class RLOOTrainer(Online, trl.RLOOTrainer):

@@ -16,6 +16,8 @@ from toy_runs import same_weights
 from alignment.errors import InputError
 from alignment.rehearsal import Rehearsal, Trial, _about_length, _about_rewards, rehearse, untouched
 from alignment.rewarding import Checked, RewardModel, call, checked
+from alignment.rewards import steps_of
+from alignment.supervision import step_advantages, step_ends
 from alignment.templates import ChatEncoder
 
 ANSWERED = {"role": "assistant", "content": "b"}
@@ -217,7 +219,7 @@ def fails_on_b(completions, **columns):
         ([1.0, "2.0", 3.0], "grade returned '2.0', which is no number"),
         ([1.0, float("nan"), 3.0], "grade returned nan"),
         ([1.0, 2.0, float("-inf")], "grade returned -inf"),
-        ([1.0, [2.0], 3.0], "no number"),
+        ([1.0, [2.0], 3.0], "rewards per step are for GRPO"),
         (1.0, "returned 1.0, not a list"),
         (None, "returned None, not a list"),
         ("abc", "not a list"),
@@ -438,3 +440,74 @@ def test_reward_rises(recipe, seed, toy, prompts, tmp_path, monkeypatch):
 def test_checked_is_not_wrapped_twice():
     reward = returns([1.0])
     assert checked(reward) is reward and isinstance(reward, Checked)
+
+
+# Process supervision
+
+
+def test_steps_end_where_their_lines_do():
+    assert step_ends(["a", " b", "\n", "c", "\n\n", "d", ""]) == [2, 4, 6]
+    assert step_ends(["a", "\n", ""]) == [2]
+    assert step_ends(["\n", "a\nb", "\n"]) == [1, 2]
+    assert step_ends(["", "\n"]) == step_ends([]) == []
+    text = "one\n two\n\n\nthree"
+    assert len(step_ends(list(text))) == len(steps_of(text)) == 3
+
+
+def test_advantages_by_step_are_those_of_the_paper():
+    """DeepSeekMath 4.1.3, written out: normalise over all steps of the group, then sum what is still to come."""
+    rewards, ends = [[1.0, 0.0], [0.5], []], [[1, 3], [2], []]
+    every = np.array([1.0, 0.0, 0.5])
+    tilde = [[(r - every.mean()) / (every.std(ddof=1) + 1e-4) for r in steps] for steps in rewards]
+    expected = np.zeros((3, 5))
+    for i, (steps, places) in enumerate(zip(tilde, ends, strict=True)):
+        for t in range(5):
+            expected[i, t] = sum(r for r, end in zip(steps, places, strict=True) if end >= t)
+    np.testing.assert_allclose(step_advantages(rewards, ends, 5).numpy(), expected, atol=1e-6)
+    plain = step_advantages(rewards, ends, 5, scale=False)
+    assert plain[0].tolist() == pytest.approx([0.0, 0.0, -0.5, -0.5, 0.0])
+
+
+def test_one_step_an_answer_is_outcome_supervision(toy, prompts, tmp_path, monkeypatch):
+    """Of answers of one line the two give the same weights."""
+    from alignment import online
+
+    def letters(completions):
+        return [answer[0]["content"].count("e") / 8 for answer in completions]
+
+    def lines(completions):
+        return [
+            [score] * len(steps_of(answer)) for score, answer in zip(letters(completions), completions, strict=True)
+        ]
+
+    seen = []
+    for name, function in (("whole", letters), ("steps", lines)):
+        monkeypatch.setattr(online, "reward_functions", lambda functions, args, f=function: [f])
+        trainer, *_ = start("grpo", toy, prompts, tmp_path / name, "--seed", 3, "--max_steps", 1)
+        trainer.model.train()
+        torch.manual_seed(0)
+        output = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
+        seen.append(output["advantages"])
+        one_line = [
+            len(steps_of(text)) == 1 for text in trainer.processing_class.batch_decode(output["completion_ids"])
+        ]
+    whole, steps = seen
+    assert whole.dim() == 1 and steps.shape == output["completion_ids"].shape
+    if all(one_line):
+        torch.testing.assert_close(steps[:, 0], whole, atol=1e-3, rtol=1e-3)
+    assert results(tmp_path / "steps")[0]["status"] == "finished"
+
+
+def test_wrong_rewards_by_step():
+    reward = returns([[1.0, 2.0], [0.5], [0.0]])
+    with pytest.raises(InputError, match="rewards per step are for GRPO"):
+        reward(**BATCH)
+    reward.by_step = True
+    with pytest.raises(InputError, match="returned 2 rewards for an answer of 1 steps"):
+        reward(**BATCH)
+    assert reward(prompts=["p"] * 3, completions=["a\nb", "a", "b"]) == [1.5, 0.5, 0.0]
+    assert reward.steps == [[1.0, 2.0], [0.5], [0.0]]
+    reward = returns([[float("nan")], None, 1.0])
+    reward.by_step = True
+    with pytest.raises(InputError, match="returned nan for a step"):
+        reward(**BATCH)
