@@ -14,12 +14,14 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 import trl
 from accelerate.utils import gather_object
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.trainer import add_fused_lm_head
 
+from alignment.batching import TokenCount, flush_left, narrow
 from alignment.errors import InputError
 from alignment.rewarding import Checked, RewardModel, checked
 from alignment.supervision import EPSILON, step_advantages, step_ends
@@ -84,8 +86,26 @@ class Online(Guard):
         if own_reference:
             self._set_reference(ref_model, beta)
         self.groups, self.flat_groups = 0, 0
+        self._drop_padding()
         self._rows: list[dict[str, Any]] = []
         self.notes = [f"rewards: {self._reward_names()}"]
+
+    def _drop_padding(self) -> None:
+        """Wrap the forward passes, so that padding is not computed; count what is.
+
+        Not under virtual tokens made of embeddings: PEFT lets padding move their positions while answers are sampled,
+        and the training step has to see the same ones.
+        """
+        self.token_count = TokenCount()
+        if virtual_embeddings(self.accelerator.unwrap_model(self.model)):
+            return
+        self.model.forward = flush_left(narrow(self.model.forward, self._count))
+        if self.ref_model is not None and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            self.ref_model.forward = flush_left(narrow(self.ref_model.forward, lambda real, computed: None))
+
+    def _count(self, real: int | torch.Tensor, computed: int) -> None:
+        if torch.is_grad_enabled():
+            self.token_count.add(real, computed)
 
     def _reward_names(self) -> str:
         weights = self.args.reward_weights or [1.0] * len(self.rewards)
@@ -188,6 +208,14 @@ class RLOOTrainer(Online, trl.RLOOTrainer):
     """`trl.RLOOTrainer` (Ahmadian et al. 2024) on the rows of `tokenize(..., "prompt")`."""
 
     _completions_at = 2
+
+
+def virtual_embeddings(model: Any) -> bool:
+    """Say whether a model begins with virtual tokens of prompt or p-tuning (a prefix is a cache, another thing)."""
+    if not isinstance(model, peft.PeftModel):
+        return False
+    config = model.active_peft_config
+    return config.is_prompt_learning and config.peft_type.value not in ("PREFIX_TUNING", "CARTRIDGE")
 
 
 def reward_functions(functions: list, args: Any) -> list:
