@@ -217,9 +217,6 @@ def limits(name: str, recipe: str, train_args: Any) -> list[Limit]:
     if recipe in ("dpo", "kto"):
         usual = "ln 2" if recipe == "dpo" else "its usual 0.5"
         found.append(Limit(f"{name}: untrained virtual tokens move the policy: the loss does not start at {usual}"))
-    if samples(train_args) and name not in ("prefix", "cartridge"):
-        text = "padding in a batch moves the positions behind PEFT's virtual tokens: an answer sampled alone differs"
-        found.append(Limit(f"{name}: {text}"))
     if name == "prompt":
         found.append(Limit("prompt tuning learns little below a billion parameters: lora or prefix learn more"))
     return found

@@ -211,7 +211,7 @@ def flush_left(forward: Callable) -> Callable:
         back = (columns[:width] - pads) % width
         for name in PER_TOKEN:
             if name in output and output[name] is not None:
-                output[name] = output[name].gather(1, back)
+                output[name] = output[name][:, -width:].gather(1, back)  # virtual tokens of PEFT stand in front
         return output
 
     return run

@@ -7,6 +7,7 @@ Each class is used as TRL's own, with the same arguments; what differs:
 - a reward function may ask for `ended`: whether each answer stopped by itself;
 - a loss or gradient that is not finite ends the run before the optimizer sees it;
 - a reward function of GRPO may return a list per answer, one number for each step: see `alignment.supervision`;
+- no padding is computed in the training step, so that positions are those of the sampling, with virtual tokens, too;
 - groups whose answers all have the same reward are counted: they teach nothing.
 """
 
@@ -91,14 +92,9 @@ class Online(Guard):
         self.notes = [f"rewards: {self._reward_names()}"]
 
     def _drop_padding(self) -> None:
-        """Wrap the forward passes, so that padding is not computed; count what is.
-
-        Not under virtual tokens made of embeddings: PEFT lets padding move their positions while answers are sampled,
-        and the training step has to see the same ones.
-        """
+        """Wrap the forward passes, so that padding is not computed; count what is."""
         self.token_count = TokenCount()
-        if virtual_embeddings(self.accelerator.unwrap_model(self.model)):
-            return
+        self._apart = virtual_embeddings(self.accelerator.unwrap_model(self.model))
         self.model.forward = flush_left(narrow(self.model.forward, self._count))
         if self.ref_model is not None and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             self.ref_model.forward = flush_left(narrow(self.ref_model.forward, lambda real, computed: None))
@@ -133,6 +129,18 @@ class Online(Guard):
         if vars(self).get("tools") or any("prompt_ids" not in row for row in self._rows):
             return super()._tokenize_prompts(prompts)
         return [list(row["prompt_ids"]) for row in self._rows], None, {}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any) -> tuple[list[list[int]], Any]:
+        """Sample answers; behind PEFT's virtual tokens in batches of equal lengths, as padding would move positions."""
+        if not self._apart or self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, *rest)
+        answers: list[list[int]] = [[] for _ in prompt_ids]
+        for length in sorted({len(ids) for ids in prompt_ids}):
+            places = [place for place, ids in enumerate(prompt_ids) if len(ids) == length]
+            made, _ = super()._generate_single_turn([prompt_ids[place] for place in places], *rest)
+            for place, ids in zip(places, made, strict=True):
+                answers[place] = ids
+        return answers, None
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the values of all rewards, of all processes; count the groups without a difference."""

@@ -182,7 +182,6 @@ def test_rows_that_cannot_be_used(rows, message, toy, tmp_path):
         (("--num_generations", 0), "num_generations is 0"),
         (("--beta", -0.1), "beta is -0.1"),
         (("--max_completion_length", 0), "max_completion_length is 0"),
-        (("--peft", "prefix"), "prefix tuning cannot learn from answers it samples"),
         (("--reward_weights", 1, 2), "2 weights for 1 rewards"),
         (("--reward_model", "data/tiny/model"), "no score head"),
         (("--reward_modle", "x"), "did you mean --reward_model"),
@@ -194,6 +193,56 @@ def test_flags_that_cannot_be_meant(recipe, flags, message, toy, prompts, tmp_pa
         flags = ("--reward_weights", 1, 2)
     with pytest.raises(InputError, match=message):
         start(recipe, toy, prompts, tmp_path / "out", *flags)
+
+
+# The training step
+
+
+@pytest.mark.parametrize("method", ["none", "lora", "prefix", "prompt", "ptuning"])
+def test_the_training_step_sees_what_the_sampling_saw(method, toy, prompts, tmp_path):
+    """The log-probability of each sampled token: of the sampler, in the padded batch, and of a row all alone."""
+    rows = [prompt_row(n, prompt=[{"role": "user", "content": "word " * (n + 1)}]) for n in range(4)]
+    flags = ("--peft", method, "--dry_run", "--rehearsal_prompts", 0)
+    trainer, *_ = start("grpo", toy, write(tmp_path, rows), tmp_path / "out", *flags)
+    model, pad = trainer.model.eval(), trainer.processing_class.pad_token_id
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad and method != "none":
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    given = [list(ids) for ids in trainer.train_dataset["prompt_ids"]]
+    seen, generate = [], type(model).generate
+
+    def listen(self, **inputs):
+        out = generate(self, **inputs, output_scores=True, return_dict_in_generate=True)
+        new = out.sequences[:, inputs["input_ids"].shape[1] :]
+        scores = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, new[..., None])[..., 0]
+        seen.extend(
+            (inputs["input_ids"][i][inputs["attention_mask"][i] > 0].tolist(), scores[i]) for i in range(len(new))
+        )
+        return out.sequences
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "generate", listen)
+        answers, _ = trainer._generate_single_turn(given, None, {}, 1)
+    assert sorted(ids for ids, _ in seen) == sorted(given)
+    sampled = {tuple(ids): scores for ids, scores in seen}
+    front, back = max(map(len, given)), max(map(len, answers))
+    tokens = [[pad] * (front - len(p)) + p + a + [pad] * (back - len(a)) for p, a in zip(given, answers, strict=True)]
+    mask = [
+        [0] * (front - len(p)) + [1] * len(p + a) + [0] * (back - len(a)) for p, a in zip(given, answers, strict=True)
+    ]
+    with torch.no_grad():
+        args = torch.tensor(tokens), torch.tensor(mask), back
+        batch, entropies, _ = trainer._get_per_token_logps_and_entropies(model, *args, compute_entropy=True)
+        for i, (prompt, answer) in enumerate(zip(given, answers, strict=True)):
+            row = torch.tensor([prompt + answer])
+            alone, entropy, _ = trainer._get_per_token_logps_and_entropies(
+                model, row, torch.ones_like(row), len(answer), compute_entropy=True
+            )
+            size = len(answer)
+            torch.testing.assert_close(batch[i, :size], alone[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(entropies[i, :size], entropy[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(sampled[tuple(prompt)][:size], alone[0], atol=1e-4, rtol=1e-4)
 
 
 # What a reward function may return
