@@ -43,6 +43,18 @@ def prompts(tmp_path):
     return write(tmp_path, [prompt_row(n) for n in range(12)])
 
 
+@pytest.fixture
+def letters(monkeypatch):
+    """The recipes' reward becomes the number of letters of an answer, which differs from answer to answer."""
+    from alignment import online
+
+    def letters(completions):
+        return [sum(map(str.isalpha, answer[0]["content"])) / 8 for answer in completions]
+
+    monkeypatch.setattr(online, "reward_functions", lambda functions, args: [letters])
+    return letters
+
+
 def start(recipe, toy, file, out, *flags):
     return launch(recipe, "--model_name_or_path", toy, "--data", file, "--output_dir", out, *SMALL, *flags)
 
@@ -83,10 +95,11 @@ def test_dry_run_rehearses_and_writes_nothing(toy, prompts, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_rehearsal_does_not_change_the_run(toy, prompts, tmp_path):
+def test_the_rehearsal_does_not_change_the_run(toy, prompts, tmp_path, letters):
     for name, size in (("with", 2), ("without", 0)):
         start("grpo", toy, prompts, tmp_path / name, "--learning_rate", 0.01, "--rehearsal_prompts", size)
     assert same_weights(tmp_path / "with", tmp_path / "without")
+    assert not same_weights(tmp_path / "with", toy)
 
 
 def test_random_numbers_go_on_as_before():
@@ -560,3 +573,20 @@ def test_wrong_rewards_by_step():
     reward.by_step = True
     with pytest.raises(InputError, match="returned nan for a step"):
         reward(**BATCH)
+
+
+# Going on, and several processes
+
+
+@pytest.mark.parametrize("recipe", ["grpo", "rloo"])
+def test_resumed_is_never_stopped(recipe, toy, prompts, tmp_path, letters):
+    flags = ("--max_steps", 4, "--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 3)
+    flags = (*flags, "--learning_rate", 0.01, "--beta", 0.05)
+    start(recipe, toy, prompts, tmp_path / "whole", *flags)
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half" / "checkpoint-4")
+    start(recipe, toy, prompts, tmp_path / "half", *flags, "--resume_from_checkpoint", "last")
+    assert same_weights(tmp_path / "whole", tmp_path / "half")
+    other = write(tmp_path, [prompt_row(n, answer="7") for n in range(12)], "other")
+    with pytest.raises(InputError, match="other data"):
+        start(recipe, toy, other, tmp_path / "half", *flags, "--resume_from_checkpoint", "last")
