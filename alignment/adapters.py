@@ -197,6 +197,11 @@ def _untrained_rows(
     return layers, [f"the base never trained the rows of {tokens}: they are trained beside the adapter"]
 
 
+def samples(train_args: Any) -> bool:
+    """Say whether the trainer of these arguments samples its own answers (GRPO, RLOO, PPO)."""
+    return "max_completion_length" in vars(train_args)
+
+
 def limits(name: str, recipe: str, train_args: Any) -> list[Limit]:
     """Return what this method cannot do, or does differently, in this recipe."""
     found = []
