@@ -119,7 +119,7 @@ def test_method_trains_and_comes_back(recipe, name, tmp_path):
     assert bool(notes) == (name in PROMPT_LEARNING and (recipe != "reward" or name == "prompt")), notes
 
 
-@pytest.mark.parametrize(("recipe", "name"), [("grpo", "qlora"), ("rloo", "prefix"), ("grpo", "ptuning")])
+@pytest.mark.parametrize(("recipe", "name"), [("grpo", "qlora"), ("grpo", "prefix"), ("rloo", "ptuning")])
 def test_method_learns_from_its_own_answers(recipe, name, tmp_path):
     assert cell(recipe, name, tmp_path / "run")[0] == "works"
 

@@ -185,7 +185,7 @@ def test_rows_can_be_a_stream(toy, prompts, tmp_path):
         ([prompt_row(1, prompt="")], "prompt empty"),
         ([prompt_row(1, prompt_ids=[1])], "a column 'prompt_ids'"),
         ([{"prompt": "a", "answer": "b", "verifer": "exact"}], "needs a column 'verifier'(.|\n)*did you mean verifer"),
-        ([prompt_row(1, verifier="numbr")], "unknown verifier 'numbr'"),
+        ([prompt_row(1, verifier="numbr")] * 4, "unknown verifier 'numbr'"),
     ],
     ids=["none", "answered", "empty", "taken", "missing", "unknown"],
 )
