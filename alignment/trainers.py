@@ -39,7 +39,35 @@ class Order(TrainerCallback):
         self.generator.manual_seed(seed + math.floor(state.epoch or 0))
 
 
-class Frugal:
+class Finite:
+    """Ends a run before a loss or gradient that is not finite reaches the weights; stands in front of a trainer."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one forward and backward pass; raise InputError when the loss is not finite."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._refuse(loss.item(), "loss")
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float | None:
+        """Return the gradient norm; raise InputError when it is not finite (fp16 scales and skips by itself)."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        if norm is not None and not self.args.fp16:
+            self._refuse(float(norm), "gradient norm")
+        return norm
+
+    def _refuse(self, value: float, name: str) -> None:
+        if math.isfinite(value):
+            return
+        raise InputError(
+            f"the {name} is {value}: the run ends before the weights are touched",
+            where=f"step {self.state.global_step + 1} of {self.state.max_steps}",
+            why="one such step makes every weight nan, and nothing would say so",
+            fix=f"start again from the last checkpoint with a lower --learning_rate (now {self.args.learning_rate:g})"
+            ", --max_grad_norm 1, or in float32 (--bf16 false --fp16 false)",
+        )
+
+
+class Frugal(Finite):
     """What all four trainers share; stands in front of TRL's class among the bases."""
 
     notes: list[str]
@@ -75,31 +103,11 @@ class Frugal:
             self.token_count.add(real, computed)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run one forward and backward pass; raise InputError when the loss is not finite."""
+        """Count the tokens of a packed batch, whose forward pass has no mask to count by; then as `Finite`."""
         if "position_ids" in inputs and "attention_mask" not in inputs:
             real = (inputs["input_ids"] != self._tokenizer.pad_token_id) | (inputs["position_ids"] != 0)
             self.token_count.add(real.sum(), real.numel())
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        self._refuse(loss.item(), "loss")
-        return loss
-
-    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> float | None:
-        """Return the gradient norm; raise InputError when it is not finite (fp16 scales and skips by itself)."""
-        norm = super()._get_grad_norm(*args, **kwargs)
-        if norm is not None and not self.args.fp16:
-            self._refuse(float(norm), "gradient norm")
-        return norm
-
-    def _refuse(self, value: float, name: str) -> None:
-        if math.isfinite(value):
-            return
-        raise InputError(
-            f"the {name} is {value}: the run ends before the weights are touched",
-            where=f"step {self.state.global_step + 1} of {self.state.max_steps}",
-            why="one such step makes every weight nan, and nothing would say so",
-            fix=f"start again from the last checkpoint with a lower --learning_rate (now {self.args.learning_rate:g})"
-            ", --max_grad_norm 1, or in float32 (--bf16 false --fp16 false)",
-        )
+        return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log TRL's numbers, and the share of padding in what was computed so far."""

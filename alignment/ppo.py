@@ -1,0 +1,428 @@
+"""Proximal Policy Optimisation with a critic (arXiv:1707.06347, for language models arXiv:1909.08593 and 2203.02155).
+
+Stands on TRL's GRPOTrainer, and through it on transformers' Trainer, because what comes before the objective is the same:
+repeating and sharding prompts, templates, vLLM, reward functions and models, the buffer of a rollout, logging, evaluation,
+DDP, FSDP and DeepSpeed. TRL's own PPO ended with 1.13. What is PPO's is here: the critic, rewards per token with their KL
+penalty, GAE, the clipped losses. Three things of the base are done otherwise: answers are drawn by `sampling.sample`, which
+keeps the log-probabilities and gives each row its own random numbers; minibatches are every n-th row, so that two processes
+see what one would; and a checkpoint inside a rollout holds the rest of it.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from accelerate.utils import gather
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import RepeatSampler
+
+from alignment import ppo_math
+from alignment.answers import AnswerTable, checked_reward, statistics
+from alignment.critic import build
+from alignment.errors import InputError
+from alignment.ppo_config import PPOConfig
+from alignment.sampling import SamplingRules, row_draws, sample
+from alignment.trainers import Finite
+
+__all__ = ["PPOConfig", "PPOTrainer"]
+STATE_FILE = "ppo_state.json"
+TRAIN, EVAL = 0, 1
+# What one update's numbers add up to; the first divides all others.
+SUMS = ("tokens", "policy_loss", "value_loss", "entropy", "clip_share", "value_clip_share", "approx_kl", "text_loss")
+
+
+class PPOTrainer(Finite, trl.GRPOTrainer):
+    """`trl.GRPOTrainer` with PPO's objective.
+
+    Args:
+        model: the policy: a model, or a PeftModel whose adapter goes on being trained (it is its own reference).
+        reward_funcs: functions `f(prompts, completions, **columns) -> list[float]`, reward models, or both.
+        args: `PPOConfig`.
+        train_dataset: rows with "prompt" (a text or messages) and the columns the rewards want.
+        text_dataset: rows of "input_ids" for the pretraining mix (`ptx_coef`), or None.
+        others: as of `trl.GRPOTrainer`; with `peft_config` the reference is the model without the adapter.
+
+    Raises:
+        InputError: fewer prompts than one rollout needs; settings or a critic that do not fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        reward_funcs: Callable | list,
+        args: PPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        text_dataset: Dataset | None = None,
+        **others: Any,
+    ):
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        _check_rows(train_dataset, text_dataset, args)
+        super().__init__(
+            model,
+            [f if isinstance(f, torch.nn.Module | str) else checked_reward(f) for f in functions],
+            args,
+            train_dataset,
+            eval_dataset,
+            **others,
+        )
+        # vLLM and the generation settings hold the policy; everything that trains holds policy and critic from here on.
+        whole = build(self.model, args.critic_model, isinstance(model, PeftModel), args.kl_coef > 0)
+        self.model = self.model_wrapped = whole.to(self.args.device)
+        self.text_dataset = text_dataset
+        self.kl = ppo_math.KLController(args.kl_coef, args.target_kl, args.kl_horizon)
+        self.spread = ppo_math.RunningStd()
+        self.table = AnswerTable(args.output_dir, args.num_completions_log_steps)
+        self._stopped, self._window_kl, self._eval_batches = False, torch.zeros(2), 0
+        self._sums = torch.zeros(len(SUMS), dtype=torch.float64)
+        self._resume: str | None = None
+
+    # The rollout
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        base = super()._get_train_sampler(dataset)
+        return EpochSampler(
+            base.data_source, base.mini_repeat_count, base.batch_size, base.repeat_count, base.shuffle, base.seed
+        )
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, torch.Tensor]:
+        """Return the minibatch of this step; sample and score a new rollout when the last one is used up."""
+        if not self.model.training:
+            rollout = self._generate_and_score_completions(generation_batch)
+            return rollout | {"tokens": rollout["mask"].sum()}
+        self._restore()
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            self._stopped = False
+            self._buffered_inputs = self._minibatches(self._generate_and_score_completions(generation_batch))
+        return self._buffered_inputs[self._step % steps]
+
+    def _minibatches(self, rollout: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Cut a rollout into every n-th row, each part as wide as its longest row; count the tokens of each update."""
+        steps, window = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        parts = []
+        for start in range(steps):
+            rows = {key: value[start::steps] for key, value in rollout.items()}
+            width = int(rows["attention_mask"].sum(1).max())
+            parts.append({key: value[:, :width] for key, value in rows.items()})
+        counts = torch.stack([part["mask"].sum() for part in parts]).view(-1, window).sum(1)
+        counts = self.accelerator.reduce(counts, "sum").repeat_interleave(window) / self.accelerator.num_processes
+        return [part | {"tokens": count} for part, count in zip(parts, counts, strict=True)]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Sample answers, score them, and work out advantages and returns; every tensor is (rows, tokens)."""
+        prompts = [row["prompt"] for row in inputs]
+        self._prompt_ids = [row["prompt_ids"] for row in inputs] if "prompt_ids" in inputs[0] else None
+        prompt_ids, completion_ids, _, completions, log_probs, *_ = self._generate(prompts)
+        per_function = self._calculate_rewards(inputs, prompts, completions, completion_ids)
+        batch = self._batch(prompt_ids, completion_ids, log_probs)
+        scores, raw = self._scores(per_function, completion_ids)
+        with torch.no_grad():
+            known = self._forward_rows(batch)
+        batch |= {"old_log_probs": known.get("log_probs", batch.get("old_log_probs")), "values": known["values"]}
+        mask = batch["mask"]
+        batch["old_log_probs"] = batch["old_log_probs"] * mask
+        kl = torch.zeros_like(mask)
+        if "reference" in known:
+            kl = ppo_math.kl_per_token(batch["old_log_probs"], known["reference"], self.args.kl_estimator) * mask
+        rewards = ppo_math.token_rewards(kl, scores, mask, self.kl.coef)
+        if self.args.whiten_rewards:
+            rewards = ppo_math.whiten(rewards, mask, self._total(rewards, mask), shift_mean=False)
+        advantages, returns = ppo_math.gae(rewards, batch["values"], mask, self.args.gamma, self.args.lam)
+        batch["advantages"] = ppo_math.whiten(advantages, mask, self._total(advantages, mask))
+        batch["returns"] = returns
+        self._book(batch, kl, scores, raw, per_function, completion_ids)
+        if self.model.training:
+            self.table.keep(prompts, completions, raw.tolist())
+        return batch
+
+    def _tokenize_prompts(self, prompts: list) -> tuple:
+        if self._prompt_ids is not None:
+            return self._prompt_ids, None, {}
+        return super()._tokenize_prompts(prompts)
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *args: Any, **kwargs: Any) -> tuple:
+        """Return answers and log-probabilities; where weights are sharded or served elsewhere, only TRL's answers."""
+        args_ = self.args
+        plain = not (self.use_vllm or self.use_transformers_continuous_batching or images or fields)
+        plain &= not (self.is_fsdp_enabled or self.is_deepspeed_enabled or args_.generation_kwargs)
+        if not plain or self.repetition_penalty != 1.0 or self.min_p:
+            return super()._generate_single_turn(prompt_ids, images, fields, *args, **kwargs)[0], None
+        rules = SamplingRules(
+            self.max_completion_length, self.temperature, self.top_k or 0, self.top_p, tuple(self.eos_token_ids),
+            self._tokenizer.pad_token_id,
+        )  # fmt: skip
+        training = self.model.training
+        part = self._step // (args_.steps_per_generation * self.num_iterations) if training else self._eval_batches
+        self._eval_batches += not training
+        first = self.accelerator.process_index * len(prompt_ids)
+        draws = row_draws(
+            (args_.seed, EVAL - training, part), range(first, first + len(prompt_ids)), rules.max_new_tokens
+        )
+        whole = self.accelerator.unwrap_model(self.model_wrapped)
+        whole.policy.eval()
+        with self.accelerator.autocast():
+            answers, log_probs = sample(whole.base[0], prompt_ids, draws, rules)
+        whole.policy.train(training)
+        # In 16 bits the cache and the whole sequence give noticeably different numbers: computed again there.
+        exact = whole.base[0].dtype == torch.float32 and not (args_.bf16 or args_.fp16)
+        return answers, log_probs if exact else None
+
+    def _batch(self, prompts: list, answers: list, log_probs: list | None) -> dict[str, torch.Tensor]:
+        """Return prompts and answers as one padded batch: input_ids, attention_mask, mask (of the answers)."""
+        width = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
+        ids = torch.full((len(prompts), width), self._tokenizer.pad_token_id)
+        attention, mask = torch.zeros_like(ids), torch.zeros(len(prompts), width)
+        old = torch.zeros(len(prompts), width)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            start, end = len(prompt), len(prompt) + len(answer)
+            ids[row, :end] = torch.tensor([*prompt, *answer])
+            attention[row, :end], mask[row, start:end] = 1, 1
+            if log_probs is not None:
+                old[row, start:end] = torch.tensor(log_probs[row])
+        batch = {"input_ids": ids, "attention_mask": attention, "mask": mask}
+        if log_probs is not None:
+            batch["old_log_probs"] = old
+        return {key: value.to(self.args.device) for key, value in batch.items()}
+
+    def _forward_rows(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return values, reference and (when the sampler gave none) log-probabilities, longest rows first in parts.
+
+        The number of parts depends on the number of rows only: sharded models need equal calls on every process.
+        """
+        want = ("values",) + (("reference",) if self.args.kl_coef else ())
+        want += () if "old_log_probs" in batch else ("policy",)
+        sizes = batch["attention_mask"].sum(1)
+        order, found = sizes.argsort(descending=True, stable=True), {}
+        for rows in order.split(2 * self.args.per_device_train_batch_size):
+            width = int(sizes[rows[0]])
+            part = {key: batch[key][rows, :width] for key in ("input_ids", "attention_mask", "mask")}
+            out = self._forward(self.model_wrapped, part, want)
+            for key, value in out.items():
+                whole = found.setdefault(key, torch.zeros_like(batch["mask"]))
+                whole[rows, :width] = value.float()
+        return found
+
+    def _forward(self, model: Any, batch: dict[str, torch.Tensor], want: tuple[str, ...], text: Any = None) -> dict:
+        labels = batch["input_ids"].masked_fill(batch["mask"] == 0, -100)
+        with self.accelerator.autocast():
+            return model(batch["input_ids"], batch["attention_mask"], labels, want, text)
+
+    def _scores(self, per_function: torch.Tensor, answers: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores of this process's answers as they are learnt from, and as they were given, (rows,)."""
+        raw = (per_function * self.reward_weights.to(per_function.device)).nansum(1)
+        first = self.accelerator.process_index * len(answers)
+        raw = raw[first : first + len(answers)]
+        scores = raw.clone()
+        if self.args.missing_eos_penalty is not None:
+            open_end = [answer[-1] not in self.eos_token_ids for answer in answers]
+            scores -= self.args.missing_eos_penalty * torch.tensor(open_end, device=scores.device)
+        if self.args.reward_scaling:
+            if self.model.training:
+                self.spread.update(gather(scores))
+            scores = scores / self.spread.std
+        if self.args.reward_clip is not None:
+            scores = scores.clamp(-self.args.reward_clip, self.args.reward_clip)
+        return scores, raw
+
+    def _total(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(ppo_math.moments(values, mask), "sum")
+
+    def _book(self, batch: dict, kl: torch.Tensor, scores: Any, raw: Any, per_function: Any, answers: list) -> None:
+        """Put the numbers of a rollout into the log, over all processes, and move the KL coefficient."""
+        mask, device = batch["mask"], raw.device
+        facts = torch.tensor([statistics(answer, self.eos_token_ids) for answer in answers], device=device)
+        rows = gather(torch.cat([facts, torch.stack([raw, scores, kl.sum(1)], 1).to(facts.dtype)], 1)).double()
+        errors = self._total(batch["returns"] - batch["values"], mask)
+        explained = ppo_math.explained_variance(errors, self._total(batch["returns"], mask))
+        length, ended, repeated, reward, score, divergence = rows.mean(0).tolist()
+        numbers = {
+            "reward": reward, "reward_std": float(rows[:, 3].std(correction=0)), "score": score, "kl": divergence,
+            "kl_coef": self.kl.coef, "explained_variance": explained, "answer_length": length, "ended": ended,
+            "repetition": repeated,
+        }  # fmt: skip
+        for name, column in zip(self.reward_func_names, per_function.T, strict=True):
+            numbers[f"rewards/{name}"] = float(column.nanmean())
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in [name for name in metrics if name.startswith("completions/")]:
+            del metrics[name]  # ours say the same under one name each
+        for name, value in numbers.items():
+            metrics[name].append(value)
+        if self.model.training:
+            self.kl.update(divergence, len(rows))
+
+    # The update
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run one minibatch; nothing at all once a rollout's updates were ended for their KL."""
+        self._restore()
+        fresh = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        if self._stopped and not fresh and not (self.args.fp16 or self.is_deepspeed_enabled):
+            self._step += 1
+            self._metrics["train"]["skipped"].append(1.0)
+            return torch.zeros((), device=self.args.device)
+        if self.args.max_approx_kl is not None:
+            self._metrics["train"]["skipped"].append(float(self._stopped and not fresh))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return policy loss + vf_coef value loss - entropy_coef entropy + ptx_coef text loss, per token of the update.
+
+        Every token of all minibatches of an update, on all processes, counts the same.
+        """
+        args, mask, count = self.args, inputs["mask"], inputs["tokens"]
+        text = self._text() if args.ptx_coef and self.model.training else None
+        out = self._forward(model, inputs, ("policy", "values"), text and text[0])
+        log_probs, entropy, values = out["log_probs"].float(), out["entropy"].float(), out["values"].float()
+        old = inputs["old_log_probs"]
+        policy, clipped = ppo_math.policy_loss(log_probs, old, inputs["advantages"], args.cliprange)
+        value, held = ppo_math.value_loss(values, inputs["values"], inputs["returns"], args.cliprange_value)
+        terms = policy + args.vf_coef * value - args.entropy_coef * entropy
+        loss = (terms * mask).sum() / count
+        text_loss = torch.zeros_like(loss)
+        if text:
+            text_loss = -out["text_log_probs"].sum() / text[1]
+            loss = loss + args.ptx_coef * text_loss
+        with torch.no_grad():
+            away = ppo_math.kl_per_token(old, log_probs, "k3")  # of the sampler from the policy, by the sampler's tokens
+            parts = torch.stack([torch.ones_like(mask), policy, value, entropy, clipped, held, away])
+            sums = torch.cat([(parts * mask).flatten(1).sum(1), text_loss.detach()[None] * count]).double().cpu()
+        if not self.model.training:
+            return loss
+        self._sums += sums
+        return loss * self._after(sums)
+
+    def _after(self, sums: torch.Tensor) -> float:
+        """Look at the KL of the update this minibatch ends; return 0 when it must not change the weights, else 1."""
+        if self.args.max_approx_kl is None:
+            return 1.0
+        was = self._stopped
+        self._window_kl += sums[[SUMS.index("approx_kl"), SUMS.index("tokens")]].float()
+        if (self._step + 1) % self.args.gradient_accumulation_steps == 0:
+            total, tokens = self.accelerator.reduce(self._window_kl.to(self.args.device), "sum").tolist()
+            self._stopped = was or total > self.args.max_approx_kl * max(tokens, 1)
+            self._window_kl = torch.zeros(2)
+        return float(not was)
+
+    def _text(self) -> tuple[dict[str, torch.Tensor], float]:
+        """Return the texts of this step, the same after a resume, and the tokens of its whole update per process."""
+        window, size = self.args.gradient_accumulation_steps, self.args.per_device_train_batch_size
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        order = torch.randperm(len(self.text_dataset), generator=torch.Generator().manual_seed(self.args.seed)).tolist()
+        begin = (self._step - self._step % window) * size * world
+        update = [order[i % len(order)] for i in range(begin, begin + window * size * world)]
+        lengths = [len(row) - 1 for row in self.text_dataset.select(update)["input_ids"]]
+        at = ((self._step % window) * world + rank) * size
+        rows = [torch.tensor(row) for row in self.text_dataset.select(update[at : at + size])["input_ids"]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, True, self._tokenizer.pad_token_id).to(self.args.device)
+        mask = (torch.arange(ids.shape[1])[None] < torch.tensor([len(row) for row in rows])[:, None]).to(ids.device)
+        labels = ids.masked_fill(~mask, -100)
+        return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}, sum(lengths) / world
+
+    # The optimizer, checkpoints, the log
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Give the critic a learning rate of its own where one is set."""
+        made = self.optimizer is None
+        super().create_optimizer(model)
+        rate = self.args.critic_learning_rate
+        if made and rate is not None:
+            own = {id(p) for p in self.accelerator.unwrap_model(self.model).critic_parameters().values()}
+            for group in list(self.optimizer.param_groups):
+                critic = [p for p in group["params"] if id(p) in own]
+                if critic:
+                    group["params"] = [p for p in group["params"] if id(p) not in own]
+                    self.optimizer.add_param_group({**group, "params": critic, "lr": rate})
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Trainer writes a module of a class it does not know as one file of all weights.
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, Path(folder) / "training_args.bin")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            state = {"kl_coef": self.kl.coef, "spread": vars(self.spread), "step": self._step, "stopped": self._stopped}
+            (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        if self._buffered_inputs is not None and self._step % (self.args.steps_per_generation * self.num_iterations):
+            parts = {f"{i}.{key}": v for i, part in enumerate(self._buffered_inputs) for key, v in part.items()}
+            save_file({key: value.contiguous().cpu() for key, value in parts.items()}, self._rollout_file(folder))
+
+    def _rollout_file(self, folder: str | Path) -> Path:
+        return Path(folder) / f"rollout_{self.accelerator.process_index}.safetensors"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        whole = self.accelerator.unwrap_model(self.model if model is None else model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, whole.policy)
+            whole.load_critic(resume_from_checkpoint)
+        self._resume = resume_from_checkpoint
+
+    def _restore(self) -> None:
+        """Read back, before the first step after a resume, what PPO kept beside weights and optimizer."""
+        if self._resume is None:
+            return
+        folder, self._resume = Path(self._resume), None
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        self.kl.coef, self._step, self._stopped = state["kl_coef"], state["step"], state["stopped"]
+        self.spread = ppo_math.RunningStd(**state["spread"])
+        if self._rollout_file(folder).is_file():
+            parts: list[dict] = [{} for _ in range(self.args.steps_per_generation)]
+            for key, value in load_file(self._rollout_file(folder)).items():
+                number, _, name = key.partition(".")
+                parts[int(number)][name] = value.to(self.args.device)
+            self._buffered_inputs = parts
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log TRL's numbers and PPO's, means over all tokens since the last time; show answers when it is time."""
+        if "loss" in logs and self._sums[0]:
+            total = self.accelerator.reduce(self._sums.to(self.args.device, torch.float32), "sum").double()
+            for name, value in zip(SUMS[1:], (total[1:] / total[0]).tolist(), strict=True):
+                if name != "text_loss" or self.args.ptx_coef:
+                    logs[name] = value
+            self._sums.zero_()
+        super().log(logs, *args, **kwargs)
+        if self.accelerator.is_main_process:
+            self.table.show(self.state.global_step)
+
+
+class EpochSampler(RepeatSampler):
+    """The order of prompts as a function of seed and epoch, so that a resumed run goes on with its own."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle for this epoch at the next iteration."""
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+def _check_rows(rows: Dataset, texts: Dataset | None, args: PPOConfig) -> None:
+    """Raise InputError where there is too little to sample from, or a text loss without texts."""
+    needed = args.generation_batch_size // args.num_generations
+    if isinstance(rows, Dataset) and len(rows) < needed:
+        raise InputError(
+            f"{len(rows)} prompts, and one rollout takes {needed}",
+            where="--data",
+            why="not one rollout could be sampled",
+            fix="more prompts, or a smaller --per_device_train_batch_size or --steps_per_generation",
+        )
+    if bool(args.ptx_coef) != (texts is not None):
+        raise InputError(
+            "the pretraining mix needs both its weight and its texts",
+            where="--ptx_coef",
+            fix="set ptx_coef above 0 and give text_dataset, or neither",
+        )
