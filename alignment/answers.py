@@ -17,7 +17,8 @@ from alignment.ppo_math import repetition
 SHOWN = 4
 # What a function of the user's can raise for a reason that lies in it, or in the row it got.
 _FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError, TypeError, ValueError,
+    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError,
+    TypeError, ValueError,
 )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """The policy and its critic as one module: with an adapter, four models on one frozen backbone.
 
 With LoRA and its relatives the policy is the base with the adapter "default", the critic the same base with the adapter
-"critic" and a scalar head, the reference the base without an adapter (or with "ref", a frozen copy, when the policy starts
-from a trained one). Adapters are switched for a forward pass, and nothing of the base exists twice. Full fine-tuning has a
-second backbone for the critic and a third for the reference.
+"critic" and a scalar head, the reference the base without an adapter (or with "ref", a frozen copy, when the policy
+starts from a trained one). Adapters are switched for a forward pass, and nothing of the base exists twice. Full
+fine-tuning has a second backbone for the critic and a third for the reference.
 """
 
 import copy
@@ -22,12 +22,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from alignment.batching import split_rows
 from alignment.checkpoints import adapter_config, load_base
 from alignment.errors import InputError
 from alignment.folders import find_base, is_adapter
 
 CRITIC_FILE = Path("critic") / "critic.safetensors"
 POLICY, CRITIC, REFERENCE = "default", "critic", "ref"
+PARTS, ROWS = 4, 4  # groups a batch runs as at most, and rows of a group on average at least
 
 
 class ActorCritic(nn.Module):
@@ -70,17 +72,35 @@ class ActorCritic(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Return what is wanted of each token, aligned with the tokens; 0 where `labels` is -100.
 
-        One call for all of it, so that DDP, FSDP and DeepSpeed see one forward pass.
+        One call for all of it, so that DDP, FSDP and DeepSpeed see one forward pass; inside, rows of like lengths run
+        together, each group as wide as its longest row. The number of groups depends on the number of rows only.
 
         Args:
-            input_ids, attention_mask: (rows, tokens), padded on the right.
+            input_ids: (rows, tokens), padded on the right.
+            attention_mask: the same shape.
             labels: the tokens themselves where something is wanted, -100 elsewhere.
             want: of "policy" (gives log_probs and entropy), "values", "reference" (gives reference).
             text: input_ids, attention_mask and labels of a batch of texts; gives text_log_probs.
         """
-        found = {}
+        sizes = attention_mask.sum(1)
+        order, found = sizes.argsort(descending=True, stable=True), {}
+        lengths, start = tuple(sizes[order].tolist()), 0
+        for end in split_rows(lengths, max(1, min(PARTS, len(lengths) // ROWS))):
+            rows, width = order[start:end], lengths[start]
+            part = [batch[rows, :width] for batch in (input_ids, attention_mask, labels)]
+            for name, value in self._part(*part, want).items():
+                found.setdefault(name, []).append(nn.functional.pad(value, (0, input_ids.shape[1] - width)))
+            start = end
+        found = {name: torch.cat(values)[order.argsort()] for name, values in found.items()}
         if text is not None:
             found["text_log_probs"] = _aligned(self.base[0](**text, fused_lm_head=True).log_probs)
+        return found
+
+    def _part(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, want: tuple[str, ...]
+    ) -> dict[str, torch.Tensor]:
+        """Do what `forward` does for rows of like lengths."""
+        found = {}
         if "policy" in want:
             out = self.base[0](input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
             found |= {"log_probs": _aligned(out.log_probs), "entropy": _aligned(out.entropy)}
@@ -158,7 +178,8 @@ class ActorCritic(nn.Module):
         """Write the policy into the folder as any model or adapter, and the critic into critic/ beside it.
 
         Args:
-            folder: where. state_dict: of the whole module, gathered from a sharded one.
+            folder: where.
+            state_dict: of the whole module, gathered from a sharded one.
             is_main_process: others write nothing.
         """
         state = self.state_dict() if state_dict is None else state_dict
@@ -200,7 +221,9 @@ def _names(layer: nn.Module) -> set[str]:
     return {part for name, _ in layer.named_parameters() for part in name.split(".")}
 
 
-def build(policy: PreTrainedModel | PeftModel, critic_model: str | None, continued: bool, reference: bool) -> ActorCritic:
+def build(
+    policy: PreTrainedModel | PeftModel, critic_model: str | None, continued: bool, reference: bool
+) -> ActorCritic:
     """Put a critic beside a policy, and a reference that does not move.
 
     Args:

@@ -35,8 +35,8 @@ def _length(ends: dict) -> str:
     if not reward or not length or reward[1] <= reward[0] or length[1] < 1.5 * max(length[0], 1):
         return ""
     return (
-        f"the reward rises together with the length ({length[0]:.0f} to {length[1]:.0f} tokens): it may pay for length, "
-        "not for what is said; read the sampled answers, and let the reward subtract length or cut max_completion_length"
+        f"the reward rises together with the length ({length[0]:.0f} to {length[1]:.0f} tokens): it may pay for length "
+        "and not for what is said; read the sampled answers, and let the reward subtract length"
     )
 
 
@@ -45,7 +45,7 @@ def _repeats(ends: dict) -> str:
     if not repeated or repeated[1] < 0.3 or repeated[1] < 1.5 * repeated[0]:
         return ""
     return (
-        f"{repeated[1]:.0%} of the answers' n-grams are repetitions: the reward is paid for saying the same thing again; "
+        f"{repeated[1]:.0%} of the answers' n-grams are repetitions: the reward pays for saying it again; "
         "let it subtract repetition, or raise kl_coef"
     )
 
@@ -67,7 +67,7 @@ def _divergence(ends: dict) -> str:
     better = bool(reward) and reward[1] > reward[0]
     return (
         f"the KL from the reference is out of hand ({kl[0]:.1f} to {kl[1]:.1f} nats an answer"
-        + (", while the reward rises: what is rewarded may no longer be the language it was learnt on" if better else "")
+        + (", while the reward rises: what is rewarded may not be language any more" if better else "")
         + "); raise kl_coef, set target_kl, or lower the learning rate"
     )
 

@@ -69,7 +69,7 @@ class PPOConfig(GRPOConfig):
     )
     critic_learning_rate: float | None = field(default=None, metadata={"help": "None: as learning_rate."})
     num_completions_log_steps: int = field(
-        default=0, metadata={"help": "Every so many updates show sampled answers and keep them in completions/; 0: never."}
+        default=0, metadata={"help": "Every so many updates show and keep (completions/) sampled answers; 0: never."}
     )
 
     def __post_init__(self):
@@ -89,7 +89,10 @@ class PPOConfig(GRPOConfig):
             )
         if self.target_kl is not None and not self.kl_coef:
             raise InputError(
-                "target_kl with kl_coef 0", where="--target_kl", why="the coefficient is multiplied", fix="--kl_coef 0.05"
+                "target_kl with kl_coef 0",
+                where="--target_kl",
+                why="the coefficient is moved by factors",
+                fix="--kl_coef 0.05",
             )
         self._refuse_grpo()
         if alone := self.num_generations == 1:

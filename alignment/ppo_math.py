@@ -1,9 +1,9 @@
 """The formulas of PPO, a few lines each: KL estimators, rewards per token, GAE, whitening, the loss terms.
 
-Every tensor is (rows, tokens), aligned with the tokens: column t holds what belongs to token t (its log-probability given
-the tokens before, the value of the state before it). `mask` is 1 at the tokens that were sampled, which stand in one piece
-in each row. Nothing here knows a model or a process. Sources: PPO (arXiv:1707.06347), GAE (arXiv:1506.02438), KL-shaped
-rewards and the adaptive coefficient (arXiv:1909.08593), estimators (http://joschu.net/blog/kl-approx.html).
+Every tensor is (rows, tokens), aligned with the tokens: column t holds what belongs to token t (its log-probability
+given the tokens before, the value of the state before it). `mask` is 1 at the tokens that were sampled, which stand in
+one piece in each row. Nothing here knows a model or a process. Sources: PPO (arXiv:1707.06347), GAE (arXiv:1506.02438),
+KL-shaped rewards and the adaptive coefficient (arXiv:1909.08593), estimators (joschu.net/blog/kl-approx.html).
 """
 
 import math
@@ -74,7 +74,8 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, sums: torch.Tensor, shift_m
     """Bring the masked values to variance 1 and, with `shift_mean`, mean 0; 0 outside the mask.
 
     Args:
-        values, mask: of this process.
+        values: of this process.
+        mask: of this process.
         sums: `moments` of all processes together.
         shift_mean: without it the mean stays where it was.
     """
