@@ -105,11 +105,15 @@ class PPOTrainer(Finite, Rollout):
         return self._buffered_inputs[self._step % steps]
 
     def _minibatches(self, rollout: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """Cut a rollout into every n-th row, each part as wide as its longest row; count the tokens of each update."""
+        """Cut a rollout of n updates into every n-th row, and these likewise; count the tokens of each update.
+
+        Each part is as wide as its longest row. So cut, an update holds the same rows however many processes and
+        accumulated batches it is spread over.
+        """
         steps, window = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        parts = []
-        for start in range(steps):
-            rows = {key: value[start::steps] for key, value in rollout.items()}
+        updates, parts = steps // window, []
+        for step in range(steps):
+            rows = {key: value[step // window :: updates][step % window :: window] for key, value in rollout.items()}
             width = int(rows["attention_mask"].sum(1).max())
             parts.append({key: value[:, :width] for key, value in rows.items()})
         counts = torch.stack([part["mask"].sum() for part in parts]).view(-1, window).sum(1)
