@@ -1,72 +1,17 @@
-"""Sampled answers: their rewards checked, their shape counted, a few of them shown and kept."""
+"""Sampled answers: their shape counted, a few of them shown and kept."""
 
-import inspect
 import json
-import math
 import textwrap
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from alignment.errors import InputError
 from alignment.ppo_math import repetition
+from alignment.rewards import last_text
 
 SHOWN = 4
-# What a function of the user's can raise for a reason that lies in it, or in the row it got.
-_FAULTS = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, NameError, OSError, RuntimeError,
-    TypeError, ValueError,
-)  # fmt: skip
-
-
-def checked_reward(function: Callable) -> Callable:
-    """Wrap a reward function so that what it raises or returns wrongly becomes an InputError that names it.
-
-    None means that a function has nothing to say of an answer, as in TRL.
-    """
-    name = _name(function)
-    if inspect.iscoroutinefunction(function):
-        return function
-
-    def run(prompts: list, completions: list, **columns: Any) -> list[float | None]:
-        try:
-            rewards = function(prompts=prompts, completions=completions, **columns)
-        except InputError:
-            raise
-        except _FAULTS as error:
-            raise InputError(
-                f"the reward function {name} raised {type(error).__name__}: {error}",
-                where=f"on answers like {str(completions[0])[:80]!r}",
-                fix="it has to take any answer; it is given " + ", ".join(["prompts", "completions", *sorted(columns)]),
-            ) from error
-        if not isinstance(rewards, Sequence) and not hasattr(rewards, "tolist"):
-            raise InputError(f"the reward function {name} returned {type(rewards).__name__}, not a list of numbers")
-        rewards = rewards.tolist() if hasattr(rewards, "tolist") else list(rewards)
-        if len(rewards) != len(completions):
-            raise InputError(
-                f"the reward function {name} returned {len(rewards)} numbers for {len(completions)} answers",
-                why="each answer is learnt from by its own reward",
-                fix="return one number per completion, in their order",
-            )
-        for reward, completion in zip(rewards, completions, strict=True):
-            if reward is not None and (not isinstance(reward, Real) or not math.isfinite(reward)):
-                raise InputError(
-                    f"the reward function {name} returned {reward!r}",
-                    where=f"for the answer {str(completion)[:80]!r}",
-                    why="one such reward makes every weight useless",
-                    fix="return a finite number, or None where the function does not apply",
-                )
-        return rewards
-
-    run.__name__ = name
-    return run
-
-
-def _name(function: Callable) -> str:
-    return function.__name__ if hasattr(function, "__name__") else type(function).__name__
 
 
 def statistics(answer: list[int], stops: Sequence[int]) -> list[float]:
@@ -90,7 +35,7 @@ class AnswerTable:
         """Remember the first answers of a rollout."""
         if self.every:
             kept = zip(prompts[:SHOWN], completions, rewards, strict=False)
-            self.rows = [{"prompt": text_of(p), "answer": text_of(c), "reward": r} for p, c, r in kept]
+            self.rows = [{"prompt": last_text(p), "answer": last_text(c), "reward": r} for p, c, r in kept]
 
     def show(self, step: int) -> None:
         """Print and write them when the time has come; on one process."""
@@ -106,8 +51,3 @@ class AnswerTable:
             prompt, answer = (textwrap.shorten(row[key], 60, placeholder=" …") for key in ("prompt", "answer"))
             lines.append(f"  {row['reward']:>7.2f}  {prompt}  →  {answer or '(nothing)'}")
         tqdm.write("\n".join(lines))
-
-
-def text_of(prompt: str | list[dict[str, Any]]) -> str:
-    """Return a text, or what the last message says."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

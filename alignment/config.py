@@ -39,6 +39,14 @@ RENAMED = {
     "dataset_streaming": "it is called streaming here",
     "use_peft": "say which: peft: lora",
 }
+# The least a number may be, and why.
+LEAST = {
+    "num_generations": (2, "an advantage is what an answer has over the others to the same prompt"),
+    "beta": (0, "a negative beta would push the model away from its reference"),
+    "max_completion_length": (1, "an answer has tokens"),
+    "reward_batch_size": (1, "the reward model reads that many answers at a time"),
+    "rehearsal_prompts": (0, "it is a number of prompts"),
+}
 # Since transformers 5.23 the left names are deprecated aliases; TRL still sets their defaults.
 ALIASES = {
     "gradient_checkpointing": "activation_checkpointing",
@@ -91,6 +99,19 @@ class PeftArguments:
         metadata={"help": "none (all weights), lora, qlora, dora, ia3, prefix, prompt, ptuning, …"},
     )
     peft_args: dict = field(default_factory=dict, metadata={"help": "The method's own settings, e.g. '{\"r\": 64}'."})
+
+
+@dataclass
+class RewardArguments:
+    """What an answer is worth, for recipes that learn from rewards; `also=(RewardArguments,)` of `parse`."""
+
+    reward_model: str | None = field(
+        default=None, metadata={"help": "A folder that recipes/reward.py left: its score is added to the reward."}
+    )
+    reward_batch_size: int = field(default=64, metadata={"help": "Answers the reward model reads at a time."})
+    rehearsal_prompts: int = field(
+        default=16, metadata={"help": "Prompts answered before the first step, to look at the rewards; 0 for none."}
+    )
 
 
 @dataclass
@@ -181,8 +202,16 @@ def merge_layer(layer: tuple, values: dict, sources: dict, known: dict, hints: d
         check_known(name, known, where, flag=source == "flag")
         cls, fld = known[name]
         values[name] = coerce(name, value, hints[cls][name], where, choices=fld.metadata.get("choices"))
+        check_least(name, values[name], where, fld.default)
         sources[name] = source
     resolve_aliases(values, sources, known, source)
+
+
+def check_least(name: str, value: Any, where: str, default: Any) -> None:
+    """Raise InputError when a number is below what it can be, which is no more than the trainer's own default."""
+    least, why = LEAST.get(name, (None, ""))
+    if least is not None and value is not None and value < least and value != default:
+        raise InputError(f"{name} is {value}", where=where, why=why, fix=f"{least} or more")
 
 
 def check_known(name: str, known: dict, where: str, flag: bool) -> None:

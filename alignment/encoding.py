@@ -11,13 +11,17 @@ from typing import Any
 from alignment.templates import ChatEncoder, TemplateRefusal
 
 LONG = "longer than max_length"
+NO_ROOM = "too long: with its answer it exceeds the model's positions"
 REFUSED = "the chat template refuses"
 COLUMNS = {
     "sft": ["input_ids", "labels"],
     "dpo": ["prompt_ids", "chosen_ids", "rejected_ids"],
     "kto": ["prompt_ids", "completion_ids"],
     "reward": ["chosen_ids", "rejected_ids"],
+    "prompt": ["prompt_ids"],
 }
+# Counts of things worth saying, summed over the rows of a split.
+COUNTS = ("unstopped", "skipped", "escaped", "near", "turns", "control")
 
 
 @dataclass
@@ -37,7 +41,7 @@ def batch_encoder(form: str, rules: Rules) -> Callable[[dict], dict]:
     Its columns are COLUMNS[form], "length", "source", "row", and for the books: "fault" (empty, or why the row cannot
     be used), "whole" (tokens of the longest sequence before anything was cut), "given" (of all sequences), "tokens"
     (that are left), "trained" (that carry loss), "lost" (cut off; -1 marks a further piece of a long text), and
-    the counts "unstopped", "skipped", "escaped", "near", "turns".
+    those of COUNTS.
     """
 
     def run(batch: dict[str, list]) -> dict[str, list]:
@@ -61,14 +65,20 @@ def _encode(form: str, row: dict[str, Any], rules: Rules) -> list[dict[str, Any]
 
 def _whole(item: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """Complete an encoded row with its place and the counts it did not set."""
-    counts = {"fault": "", "lost": 0, "unstopped": 0, "skipped": 0, "escaped": 0, "near": 0, "turns": 0}
+    counts = {"fault": "", "lost": 0} | dict.fromkeys(COUNTS, 0)
     return {**counts, **item, "source": row["source"], "row": row["row"]}
 
 
 def _chat(rules: Rules, row: dict, messages: list[dict]) -> Any:
+    encoder, tools = _encoder(rules, row)
+    return encoder.encode_chat(messages, tools)
+
+
+def _encoder(rules: Rules, row: dict) -> tuple[ChatEncoder, list | None]:
+    """Return the encoder with the row's own template arguments, and the row's tools."""
     tools = json.loads(row["tools"]) if row.get("tools") else None
     kwargs = row.get("chat_template_kwargs") or {}
-    return rules.encoder.with_kwargs({k: v for k, v in kwargs.items() if v is not None}).encode_chat(messages, tools)
+    return rules.encoder.with_kwargs({k: v for k, v in kwargs.items() if v is not None}), tools
 
 
 def encode_sft(row: dict[str, Any], rules: Rules) -> list[dict[str, Any]]:
@@ -212,4 +222,25 @@ def encode_reward(row: dict[str, Any], rules: Rules) -> list[dict[str, Any]]:
     return [item | ({"margin": float(row["margin"] or 0)} if "margin" in row else {})]
 
 
-ENCODERS = {"sft": encode_sft, "dpo": encode_dpo, "kto": encode_kto, "reward": encode_reward}
+def encode_prompt(row: dict[str, Any], rules: Rules) -> list[dict[str, Any]]:
+    """Encode a prompt that the model will answer: prompt_ids, all that it is given before its first token."""
+    prompt, counts = row["prompt"], {}
+    if isinstance(prompt, str):
+        ids = rules.encoder.encode_text(prompt)
+        counts["control"] = _controls(rules, prompt)
+    else:
+        encoder, tools = _encoder(rules, row)
+        ids = encoder.encode_prompt(prompt, tools)
+        counts["escaped"] = sum(_controls(rules, message.get("content")) for message in prompt)
+    size = len(ids)
+    fault = "the prompt has no tokens" if not ids else NO_ROOM if size > (rules.max_length or size) else ""
+    books = dict.fromkeys(("whole", "given", "tokens", "length"), size) | {"trained": 0, "fault": fault}
+    return [{"prompt_ids": ids} | books | counts]
+
+
+def _controls(rules: Rules, text: Any) -> int:
+    """Count the spellings of control tokens in a text."""
+    return len(rules.encoder.special_pattern.findall(text)) if isinstance(text, str) else 0
+
+
+ENCODERS = {"sft": encode_sft, "dpo": encode_dpo, "kto": encode_kto, "reward": encode_reward, "prompt": encode_prompt}

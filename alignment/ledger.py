@@ -158,7 +158,7 @@ class Ledger:
             "cut": sum(rows for rows, _ in a.cut.values()),
         }
         cells = {name: f"{n:,}" if n else "" for name, n in numbers.items()}
-        return cells | {"trained": f"{trained / total:.0%}" if total else ""}
+        return cells | {"trained": f"{trained / total:.0%}" if trained else ""}
 
     def caption(self) -> str:
         """Return the causes, tokens and padding in a few lines."""
@@ -170,7 +170,8 @@ class Ledger:
             pairs = [a.tokens[split] for a in self.accounts.values() if split in a.tokens]
             if pairs:
                 total, trained = (sum(p[i] for p in pairs) for i in (0, 1))
-                lines.append(f"{split}: {total:,} tokens, {trained:,} of them trained on")
+                part = f", {trained:,} of them trained on" if trained else ""  # none of prompts
+                lines.append(f"{split}: {total:,} tokens{part}")
         for split, (computed, real) in self.pad.items():
             times = computed / max(real, 1)
             lines.append(f"{split}: {computed:,} tokens computed for {real:,} real ones, {times:.2f} x")

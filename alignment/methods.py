@@ -85,7 +85,7 @@ METHODS = {
 _OTHER_RATE = 2e-4
 _FULL_RATE = 2e-5
 # Preference optimisation and reinforcement learning move an already trained model: a small part of the rate.
-_RECIPE_SCALE = {"dpo": 0.03, "kto": 0.03, "grpo": 0.03, "rloo": 0.03, "ppo": 0.03, "reward": 0.5}
+_RECIPE_SCALE = {"dpo": 0.03, "kto": 0.03, "grpo": 0.1, "rloo": 0.1, "ppo": 0.1, "reward": 0.5}
 
 
 def all_names() -> list[str]:

@@ -214,7 +214,8 @@ def _merged(args: Arguments, name: str, path: str, head: str) -> LoadedModel:
     loaded = LoadedModel(model, tokenizer, method=name, notes=[note])
     if name == "none":
         model.name_or_path = model.config._name_or_path = str(path)
-        if args.recipe in ("dpo", "kto") and not vars(args.train).get("precompute_ref_log_probs"):
+        wants = args.recipe in ("dpo", "kto") or (adapters.samples(args.train) and vars(args.train).get("beta") != 0)
+        if wants and not vars(args.train).get("precompute_ref_log_probs"):
             # the trainers would load their reference by name and get the base without the adapter
             loaded.ref_model = copy.deepcopy(model).eval().requires_grad_(False)
     else:

@@ -24,13 +24,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import RepeatSampler
 
 from alignment import ppo_math
-from alignment.answers import AnswerTable, checked_reward
+from alignment.answers import AnswerTable
 from alignment.critic import build
 from alignment.diagnosis import diagnose
 from alignment.errors import InputError
 from alignment.ppo_config import PPOConfig
 from alignment.rollout import Rollout
-from alignment.trainers import Finite
 
 __all__ = ["PPOConfig", "PPOTrainer"]
 STATE_FILE = "ppo_state.json"
@@ -38,12 +37,12 @@ STATE_FILE = "ppo_state.json"
 SUMS = ("tokens", "policy_loss", "value_loss", "entropy", "clip_share", "value_clip_share", "approx_kl", "text_loss")
 
 
-class PPOTrainer(Finite, Rollout):
-    """`trl.GRPOTrainer` with PPO's objective.
+class PPOTrainer(Rollout):
+    """`alignment.online.GRPOTrainer` with PPO's objective.
 
     Args:
         model: the policy: a model, or a PeftModel whose adapter goes on being trained (it is its own reference).
-        reward_funcs: functions `f(prompts, completions, **columns) -> list[float]`, reward models, or both.
+        reward_funcs: functions `f(prompts, completions, **columns) -> list[float]`, `rewarding.RewardModel`s, or both.
         args: `PPOConfig`.
         train_dataset: rows with "prompt" (a text or messages) and the columns the rewards want.
         text_dataset: rows of "input_ids" for the pretraining mix (`ptx_coef`), or None.
@@ -63,16 +62,8 @@ class PPOTrainer(Finite, Rollout):
         text_dataset: Dataset | None = None,
         **others: Any,
     ):
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         _check_rows(train_dataset, text_dataset, args)
-        super().__init__(
-            model,
-            [f if isinstance(f, torch.nn.Module | str) else checked_reward(f) for f in functions],
-            args,
-            train_dataset,
-            eval_dataset,
-            **others,
-        )
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, **others)
         # vLLM and the generation settings hold the policy; everything that trains holds policy and critic from here on.
         whole = build(self.model, args.critic_model, isinstance(model, PeftModel), args.kl_coef > 0)
         self.model = self.model_wrapped = whole.to(self.args.device)

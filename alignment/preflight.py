@@ -16,19 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from alignment.adapters import PROMPT_LEARNING
+from alignment.drawing import draw_masks, sequences
+from alignment.encoding import LONG, NO_ROOM
 from alignment.errors import InputError
 from alignment.launch import asked_for
 from alignment.memory import memory_estimate, parameters
-from alignment.tokenization import LONG, Tokenized
+from alignment.tokenization import Tokenized
 
 WIDTH = 100
 STYLES = {"error": "bold red", "warning": "yellow", "fact": "dim"}
-LEGEND = {
-    "sft": "what is marked",
-    "dpo": "the chosen answer up, the rejected one down",
-    "kto": "up or down, by its thumb",
-    "reward": "the score of the chosen answer above that of the rejected one",
-}
 
 
 @dataclass
@@ -51,11 +47,19 @@ def examine(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Findi
     """
     found = [Finding("fact", note) for note in [*loaded.notes, *rows.notes, *trainer.notes]]
     found += _launch(trainer)
-    found += _size(trainer, args, loaded)
-    found += _plan(trainer, rows)
-    if not isinstance(rows.train, IterableDataset):
-        found += _lengths(rows, args, loaded) + _answers(rows) + _bos(rows) + _pairs(rows, args)
-    found += _start(trainer, args, loaded, rows)
+    found += _size(trainer, args, loaded, rows)
+    if rows.form == "prompt":
+        found += _prompts(rows, args)
+    else:
+        found += _plan(trainer, rows)
+        if not isinstance(rows.train, IterableDataset):
+            found += _lengths(rows, args, loaded) + _answers(rows) + _bos(rows) + _pairs(rows, args)
+        found += _start(trainer, args, loaded, rows)
+    return in_order(found)
+
+
+def in_order(found: list[Finding]) -> list[Finding]:
+    """Return the findings with the errors first, then the warnings."""
     order = list(STYLES)
     return sorted(found, key=lambda finding: order.index(finding.level))
 
@@ -89,6 +93,29 @@ def refuse(findings: list[Finding]) -> None:
         first = errors[0]
         more = f" ({len(errors) - 1} more above)" if len(errors) > 1 else ""
         raise InputError(first.what + more, where="before the first step", fix=first.fix)
+
+
+def _prompts(rows: Tokenized, args: Any) -> list[Finding]:
+    """Say how long the prompts are, which were dropped, and where the answers to them stop."""
+    stops = ", ".join(sorted(rows.encoder.stop_tokens)) or "nothing"
+    found = [Finding("fact", f"answers stop at {stops}, or after max_completion_length")]
+    if isinstance(rows.train, IterableDataset):
+        return found
+    sizes = rows.lengths["train"]
+    half, most, top = (int(np.quantile(sizes, q)) for q in (0.5, 0.9, 1.0))
+    room = f"half up to {half:,} tokens, 90 % up to {most:,}, longest {top:,}"
+    found.append(Finding("fact", f"prompts: {room}; answers up to {args.train.max_completion_length:,}"))
+    dropped = sum(a.dropped[NO_ROOM][0] for a in rows.ledger.accounts.values() if NO_ROOM in a.dropped)
+    if dropped:
+        share = dropped / sum(map(len, rows.lengths.values()))
+        text = f"{dropped:,} prompts dropped ({share:.1%}): with the answer they exceed the model's positions"
+        found.append(Finding("warning" if share > 0.01 else "fact", text, "a smaller --max_completion_length"))
+    if rows.counts["train escaped"]:
+        found.append(Finding("fact", f"{rows.counts['train escaped']:,} control tokens in the rows' texts stay text"))
+    if rows.counts["train control"]:
+        text = f"{rows.counts['train control']:,} control tokens in plain prompts are read as control tokens"
+        found.append(Finding("warning", text, "prompts as lists of turns, whose text stays text"))
+    return found + _bos(rows)
 
 
 def _lengths(rows: Tokenized, args: Any, loaded: Any) -> list[Finding]:
@@ -180,15 +207,6 @@ def _bos(rows: Tokenized) -> list[Finding]:
     return [Finding("fact", f"BOS tokens a row: {low}" + ("" if low == high else f" to {high}"))]
 
 
-def sequences(row: dict[str, Any], form: str) -> list[list[int]]:
-    """Return the whole token sequences of an encoded row, as the model will see them."""
-    if form == "sft":
-        return [list(row["input_ids"])]
-    prompt = list(row.get("prompt_ids", []))
-    names = ("completion_ids",) if form == "kto" else ("chosen_ids", "rejected_ids")
-    return [prompt + list(row[name]) for name in names]
-
-
 def _pairs(rows: Tokenized, args: Any) -> list[Finding]:
     found = []
     near = rows.counts["train near"]
@@ -216,7 +234,7 @@ def _pairs(rows: Tokenized, args: Any) -> list[Finding]:
     return found
 
 
-def _size(trainer: Any, args: Any, loaded: Any) -> list[Finding]:
+def _size(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Finding]:
     trainable, total = parameters(trainer.model)
     if not total:  # ZeRO-3 has taken the weights apart already
         return [Finding("fact", "parameters and memory are not counted: the weights are sharded already")]
@@ -224,7 +242,7 @@ def _size(trainer: Any, args: Any, loaded: Any) -> list[Finding]:
     found = [Finding("fact", text)]
     if not trainable:
         found.append(Finding("error", "no parameter is trained", "--peft with another method"))
-    length = args.train.max_length or 1024
+    length = _longest(args, rows)
     tokens = trainer.args.per_device_train_batch_size * length * (2 if "chosen_ids" in _columns(trainer) else 1)
     reference = vars(trainer).get("ref_model")
     shards = trainer.args.world_size if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled else 1
@@ -235,6 +253,13 @@ def _size(trainer: Any, args: Any, loaded: Any) -> list[Finding]:
     fix = "--peft qlora, a smaller --per_device_train_batch_size or --max_length, --gradient_checkpointing true"
     found.append(Finding("warning", text, fix) if need["total"] > have else Finding("fact", text))
     return found
+
+
+def _longest(args: Any, rows: Tokenized) -> int:
+    """Return the tokens of the longest sequence the model may have to read."""
+    if rows.form != "prompt":
+        return args.train.max_length or 1024
+    return int(rows.lengths["train"].max() if len(rows.lengths) else 1024) + args.train.max_completion_length
 
 
 def _memory() -> float:
@@ -338,55 +363,3 @@ def first_loss(trainer: Any) -> tuple[float, dict[str, float]]:
     trainer.model.train(training)
     torch.set_rng_state(state)
     return loss.item(), metrics
-
-
-def draw_masks(rows: Tokenized, plain: bool, count: int = 2, limit: int = 700) -> list[Text]:
-    """Return a drawing of a few rows: what is trained stands out, what is only read is dim.
-
-    Args:
-        rows: the tokenized rows; the first of each source are drawn.
-        plain: use marks in place of colours: [+trained+], for pairs also [-rejected-].
-        count: how many rows.
-        limit: characters of a row that are shown.
-    """
-    decode = rows.encoder.tokenizer.decode
-    lines = [Text(f"What is trained ({LEGEND[rows.form]}):", style="bold")]
-    for row in rows.train.take(count) if isinstance(rows.train, IterableDataset) else _one_per_source(rows, count):
-        text = Text()
-        for ids, mark in spans(row, rows.form):
-            piece = decode(ids)
-            piece = piece if len(piece) <= limit else f"{piece[: limit // 2]} […] {piece[-limit // 2 :]}"
-            if plain and mark:
-                piece = f"[{mark}{piece}{mark}]"
-            text.append(piece, style={"": "dim", "+": "bold green", "-": "bold red"}[mark])
-        lines += [text, Text()]
-    return lines
-
-
-def _one_per_source(rows: Tokenized, count: int) -> list[dict]:
-    first: dict[str, int] = {}
-    for index, source in enumerate(rows.train["source"]):
-        first.setdefault(source, index)
-    chosen = list(first.values())[:count]
-    chosen += [i for i in range(len(rows.train)) if i not in chosen][: count - len(chosen)]
-    return [rows.train[i] for i in chosen]
-
-
-def spans(row: dict[str, Any], form: str) -> list[tuple[list[int], str]]:
-    """Return (token ids, mark) runs of an encoded row: "" is read only, "+" trained or wanted, "-" unwanted."""
-    if form == "sft":
-        runs: list[tuple[list[int], str]] = []
-        for token, label in zip(row["input_ids"], row["labels"], strict=True):
-            mark = "+" if label != -100 else ""
-            if not runs or runs[-1][1] != mark:
-                runs.append(([], mark))
-            runs[-1][0].append(token)
-        return runs
-    if form == "kto":
-        return [(row["prompt_ids"], ""), (row["completion_ids"], "+" if row["label"] else "-")]
-    prompt = row.get("prompt_ids", [])
-    chosen, rejected = row["chosen_ids"], row["rejected_ids"]
-    if not prompt:  # a reward model reads both sequences whole: what they share is drawn once
-        shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    return [(prompt, ""), (chosen, "+"), (rejected, "-")]

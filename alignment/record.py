@@ -30,6 +30,7 @@ HEADLINE = {
     "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
     "kto": ("loss", "rewards/margins", "kl"),
     "reward": ("loss", "accuracy", "margin"),
+    "prompt": ("reward", "completions/mean_length", "completions/clipped_ratio", "kl"),
 }
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "plumbline")
 SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
@@ -48,15 +49,20 @@ def identify(trainer: Any, args: Any, rows: Tokenized) -> dict[str, Any]:
         "peft": args.peft.peft,
         "seed": [trainer.args.seed, trainer.args.data_seed],
         "processes": trainer.args.world_size,
+        "num_generations": vars(trainer.args).get("num_generations"),
         "rows_per_step": trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps,
     }
 
 
 def fingerprint(rows: Dataset | IterableDataset) -> str:
-    """Return a hash of the columns of token ids of a data set, in the order of its rows; "stream" for a stream."""
+    """Return a hash of the columns of token ids of a data set, in the order of its rows; "stream" for a stream.
+
+    Of prompts also the columns that rewards read.
+    """
     if isinstance(rows, IterableDataset):
         return "stream"
     digest = hashlib.sha256()
+    read = set(rows.column_names) - {"source", "row", "prompt"} if "prompt" in rows.column_names else set()
     for batch in rows.with_format("arrow").iter(batch_size=1000):
         for name in sorted(batch.column_names):
             column = batch[name].combine_chunks()
@@ -64,7 +70,7 @@ def fingerprint(rows: Dataset | IterableDataset) -> str:
                 digest.update(name.encode())
                 digest.update(np.ascontiguousarray(column.value_lengths()).tobytes())
                 digest.update(np.ascontiguousarray(column.flatten(), dtype=np.int64).tobytes())
-            elif pyarrow.types.is_boolean(column.type):
+            elif pyarrow.types.is_boolean(column.type) or name in read:
                 digest.update(repr(column.to_pylist()).encode())
     return digest.hexdigest()[:16]
 
@@ -203,6 +209,14 @@ def conclude(console: Console, record: dict[str, Any], rows: Tokenized, folder: 
     if pad and pad[1]:
         speed = f", {pad[1] / max(seconds, 1e-9):,.0f} tokens/s ({pad[0] / pad[1]:.2f} x computed with the padding)"
     console.print(f"{record['steps']:,} steps; trained for {seconds:.0f} s of {record['seconds']:.0f} s{speed}")
+    if record.get("groups"):
+        share = record["groups_without_difference"] / record["groups"]
+        console.print(f"{share:.0%} of {record['groups']:,} groups had answers of one and the same reward", end="")
+        console.print(
+            ": they taught nothing. Harder or easier prompts, more --num_generations, or a reward with shades"
+            if share > 0.5
+            else " and taught nothing"
+        )
     if record["status"] == "interrupted":
         console.print(f"Interrupted by {record['signal']}; saved in {folder}/checkpoint-{record['steps']}")
         console.print(f"To go on: {command(resume=True)}", soft_wrap=True)

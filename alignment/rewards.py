@@ -1,14 +1,19 @@
 """Verifiers: does an answer pass the check that its row asks for? They score, and can reward.
 
-A row names its verifier in the column "verifier"; "answer" holds what the verifier needs.
+A row names its verifier in the column "verifier"; "answer" holds what the verifier needs. `verify` applies them to a
+batch; `stopped`, `repetitive` and `lengthy` are rewards of their own, for the list of `reward_funcs` of a trainer.
 """
 
+import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from typing import Any
 
 from alignment.errors import InputError, nearest
+from alignment.sandbox import code_in, judge
 
 # A number as written: 12, -3, 1,234.50, .5, 2e6. A minus counts as a sign only where no word or number
 # stands directly before it, so "3-4" holds 3 and 4.
@@ -58,11 +63,55 @@ def regex(text: str, answer: str) -> float:
         raise InputError(f"the verifier 'regex' cannot read the pattern {answer!r}: {error}") from error
 
 
+def form(text: str, answer: str) -> float:
+    """1.0 when the whole text, white space at its ends aside, is matched by the pattern in `answer`.
+
+    Raises:
+        InputError: the pattern is no regular expression.
+    """
+    try:
+        return float(re.fullmatch(answer, text.strip(), re.DOTALL) is not None)
+    except re.error as error:
+        raise InputError(f"the verifier 'format' cannot read the pattern {answer!r}: {error}") from error
+
+
+def length(text: str, answer: str) -> float:
+    """1.0 when the text has as many words as `answer` allows: "20" (at most), "5-20", "5-" (at least).
+
+    Raises:
+        InputError: `answer` is no such range.
+    """
+    found = re.fullmatch(r"\s*(?:(\d+)\s*(-))?\s*(\d+)?\s*", answer)
+    if found is None or not answer.strip():
+        raise InputError(
+            f"the verifier 'length' cannot read the range {answer!r}",
+            where="column answer",
+            fix='a number of words: "20" for at most 20, "5-20", or "5-" for at least 5',
+        )
+    least, _, most = found.groups()
+    words = len(text.split())
+    return float(int(least or 0) <= words <= (float("inf") if most is None else int(most)))
+
+
+def code(text: str, answer: str) -> float:
+    """1.0 when the code in the text (its last fenced block, else all of it) passes the tests in `answer`.
+
+    It runs in `alignment.sandbox`, which says what that keeps out and what it does not.
+
+    Raises:
+        InputError: the tests are no Python, or use nothing of the answer.
+    """
+    return float(judge(code_in(text), answer).passed)
+
+
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "exact": exact,
     "number": number,
     "contains": contains,
     "regex": regex,
+    "format": form,
+    "length": length,
+    "code": code,
 }
 
 
@@ -81,6 +130,58 @@ def verifier(name: str, *, where: str = "") -> Callable[[str, str], float]:
         why="it decides which answers count as right",
         fix=(f"did you mean {near}? " if near else "") + f"there are {', '.join(VERIFIERS)}",
     )
+
+
+def verify(completions: Sequence[str | list[dict]], verifiers: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Return the score of each completion by the verifier that its row names.
+
+    Args:
+        completions: texts, or lists of turns whose last one is looked at.
+        verifiers: the column "verifier".
+        answers: the column "answer", what the verifier needs.
+
+    Raises:
+        InputError: there is no such verifier, or it cannot use the answer.
+    """
+    triples = list(zip(completions, verifiers, answers, strict=True))
+    checks = {name: verifier(name) for name in dict.fromkeys(verifiers)}
+
+    def score(triple: tuple) -> float:
+        text, name, answer = triple
+        return checks[name](last_text(text).strip(), answer)
+
+    if "code" not in checks:
+        return [score(triple) for triple in triples]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # each waits for a process of its own
+        return list(pool.map(score, triples))
+
+
+def stopped(completions: Sequence, ended: Sequence[bool], **columns: Any) -> list[float]:
+    """Reward of 1.0 for an answer that stopped by itself, 0.0 for one that was cut off."""
+    return [float(end) for end in ended]
+
+
+def repetitive(completions: Sequence[str | list[dict]], **columns: Any) -> list[float]:
+    """Reward from 0.0 (nothing is said twice) down to -1.0: see `repetition`."""
+    return [-repetition(last_text(text)) for text in completions]
+
+
+def lengthy(completions: Sequence[str | list[dict]], **columns: Any) -> list[float]:
+    """Reward that falls by 0.01 a word: weigh it with --reward_weights."""
+    return [-0.01 * len(last_text(text).split()) for text in completions]
+
+
+def repetition(text: str, n: int = 3) -> float:
+    """Return the share of runs of n words (of single words, where there are no more) that stood in the text before."""
+    words = text.casefold().split()
+    size = n if len(words) > n else 1
+    runs = [tuple(words[i : i + size]) for i in range(len(words) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def last_text(said: str | list[dict]) -> str:
+    """Return the text of a prompt or an answer: itself, or that of its last turn."""
+    return said if isinstance(said, str) else (said[-1].get("content") or "") if said else ""
 
 
 def squeeze(text: str) -> str:

@@ -3,18 +3,18 @@
 from typing import Any
 
 import torch
-import trl
 from accelerate.utils import gather
 
 from alignment import ppo_math
 from alignment.answers import AnswerTable, statistics
+from alignment.online import GRPOTrainer
 from alignment.ppo_config import PPOConfig
 from alignment.sampling import SamplingRules, row_draws, sample
 
 TRAIN, EVAL = 0, 1
 
 
-class Rollout(trl.GRPOTrainer):
+class Rollout(GRPOTrainer):
     """What `PPOTrainer` does before the updates.
 
     Attributes:
@@ -26,12 +26,11 @@ class Rollout(trl.GRPOTrainer):
     spread: ppo_math.RunningStd
     table: AnswerTable
     _eval_batches: int
-    _prompt_ids: list[list[int]] | None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Sample answers, score them, and work out advantages and returns; every tensor is (rows, tokens)."""
         prompts = [row["prompt"] for row in inputs]
-        self._prompt_ids = [row["prompt_ids"] for row in inputs] if "prompt_ids" in inputs[0] else None
+        self._rows = inputs
         prompt_ids, completion_ids, _, completions, log_probs, *_ = self._generate(prompts)
         per_function = self._calculate_rewards(inputs, prompts, completions, completion_ids)
         batch = self._batch(prompt_ids, completion_ids, log_probs)
@@ -55,10 +54,11 @@ class Rollout(trl.GRPOTrainer):
             self.table.keep(prompts, completions, raw.tolist())
         return batch
 
-    def _tokenize_prompts(self, prompts: list) -> tuple:
-        if self._prompt_ids is not None:
-            return self._prompt_ids, None, {}
-        return super()._tokenize_prompts(prompts)
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        values = super()._calculate_rewards(*args, **kwargs)
+        if self.num_generations == 1:  # one answer is no group, and learns from the critic's forecast
+            self.groups = self.flat_groups = 0
+        return values
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, fields: Any, *args: Any, **kwargs: Any) -> tuple:
         """Return answers and log-probabilities; where weights are sharded or served elsewhere, only TRL's answers."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from alignment import preflight
+from alignment import preflight, rehearsal
 from alignment.checkpointing import (
     Seal,
     check_same_run,
@@ -69,7 +69,12 @@ def run(trainer: Any, args: Any, loaded: LoadedModel, rows: Tokenized) -> None:
     identity = identify(trainer, args, rows)
     checkpoint = find_start(args, identity, loaded)
     findings = preflight.examine(trainer, args, loaded, rows)
+    if rows.form == "prompt":
+        heard = rehearsal.rehearse(trainer, rehearsal_size(args))
+        findings = preflight.in_order(findings + heard.findings)
     preflight.report(findings, rows, console)
+    if rows.form == "prompt":
+        rehearsal.show(heard, console)
     preflight.refuse(findings)
     if args.data.dry_run:
         if main and folder.is_dir() and not any(folder.iterdir()):
@@ -92,6 +97,11 @@ def run(trainer: Any, args: Any, loaded: LoadedModel, rows: Tokenized) -> None:
             for note in drop_aside(folder):
                 console.print(note)
         conclude(console, record, rows, folder)
+
+
+def rehearsal_size(args: Any) -> int:
+    """Return the prompts to rehearse with: the option where the recipe has it, else 16."""
+    return next((vars(group)["rehearsal_prompts"] for group in args.also if "rehearsal_prompts" in vars(group)), 16)
 
 
 def find_start(args: Any, identity: dict[str, Any], loaded: LoadedModel) -> str | None:
@@ -161,6 +171,8 @@ def train(trainer: Any, folder: Path, checkpoint: str | None, rows: Tokenized, r
     rows.ledger.check()
     known = {"status": "finished", "steps": trainer.state.global_step, "training_seconds": round(seconds, 1)}
     known |= {"status": "interrupted", "signal": stop.name} if stop.stopped else {}
+    if rows.form == "prompt":
+        known["groups"], known["groups_without_difference"] = trainer.groups, trainer.flat_groups
     return known | {"ledger": rows.ledger.to_dict(), "metrics": final_metrics(trainer.state.log_history)}
 
 

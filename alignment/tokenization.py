@@ -14,10 +14,13 @@ from datasets import Dataset, IterableDataset
 from transformers import IntervalStrategy
 
 from alignment.data import Splits
-from alignment.encoding import COLUMNS, LONG, REFUSED, Rules, batch_encoder
+from alignment.encoding import COLUMNS, COUNTS, LONG, NO_ROOM, REFUSED, Rules, batch_encoder
 from alignment.errors import InputError
 from alignment.ledger import Ledger
 from alignment.templates import ChatEncoder, load_template
+
+# What the encoder says of a row beside its tokens.
+BOOKS = ["length", "whole", "given", "tokens", "trained", "fault", "lost", *COUNTS]
 
 
 @dataclass
@@ -25,8 +28,9 @@ class Tokenized:
     """What the trainer is given, and what is known about it.
 
     Attributes:
-        train, test: columns of COLUMNS[form], "length" (tokens of the longest sequence of the row), "source", "row".
-        form: "sft", "dpo", "kto" or "reward".
+        train, test: columns of COLUMNS[form], "length" (tokens of the longest sequence of the row), "source", "row";
+            of the form "prompt" the row's own columns and "prompt_ids", all that the model is given.
+        form: "sft", "dpo", "kto", "reward" or "prompt".
         ledger: rows and tokens up to here. notes: sentences to print.
         encoder: the chat encoder, for whoever wants to encode a prompt in the same way.
         lengths: tokens of every row that was read, before anything was cut, per split.
@@ -51,7 +55,7 @@ def tokenize(splits: Splits, loaded: Any, args: Any, form: str) -> Tokenized:
         loaded: what `load_model` returned. The token that ends the assistant's turns is added to the generation
             config's stop tokens, so that the trained model stops in every program that reads it.
         args: the parsed arguments: `max_length`, `on_long_row`, `on_bad_row`, `chat_template_path`, ….
-        form: "sft", "dpo", "kto" or "reward".
+        form: "sft", "dpo", "kto", "reward", or "prompt" for trainers that sample the answers themselves.
 
     Raises:
         InputError: no row is left, or a row cannot be used and `on_bad_row` is "stop".
@@ -61,9 +65,11 @@ def tokenize(splits: Splits, loaded: Any, args: Any, form: str) -> Tokenized:
     (datasets.disable_progress_bars if quick else datasets.enable_progress_bars)()
     if "chat_template_path" in vars(args.train) and args.train.chat_template_path:
         load_template(loaded.tokenizer, args.train.chat_template_path)
-    encoder = ChatEncoder(loaded.tokenizer, vars(loaded.model).get("generation_config"))
+    kwargs = vars(args.train).get("chat_template_kwargs") if form == "prompt" else None
+    encoder = ChatEncoder(loaded.tokenizer, vars(loaded.model).get("generation_config"), kwargs)
     notes += _stop_at_end_of_turn(encoder, loaded.model)
-    rules = Rules(encoder, args.train.max_length, args.data.on_long_row)
+    limit = _room(loaded, args) if form == "prompt" else args.train.max_length
+    rules = Rules(encoder, limit, args.data.on_long_row)
     if form == "sft":
         rules.assistant_only = args.train.assistant_only_loss
         rules.completion_only = args.train.completion_only_loss is not False
@@ -77,6 +83,30 @@ def tokenize(splits: Splits, loaded: Any, args: Any, form: str) -> Tokenized:
     notes += _no_evaluation(result, args.train)
     splits.ledger.check()
     return result
+
+
+def _room(loaded: Any, args: Any) -> int | None:
+    """Return the tokens a prompt may have beside `max_completion_length`; None where positions have no end."""
+    positions = vars(loaded.model.config.get_text_config()).get("max_position_embeddings")
+    if args.data.on_long_row == "cut":
+        raise InputError(
+            "a prompt that is too long cannot be cut",
+            where="--on_long_row cut",
+            why="half a question has another answer",
+            fix="--on_long_row drop, or stop",
+        )
+    if positions is None:
+        return None
+    answer = args.train.max_completion_length
+    if loaded.peft_config is not None and loaded.peft_config.is_prompt_learning:
+        positions -= loaded.peft_config.num_virtual_tokens
+    if answer >= positions:
+        raise InputError(
+            f"answers of {answer:,} tokens leave no room for a prompt in {positions:,} positions",
+            where="--max_completion_length",
+            fix=f"--max_completion_length {positions // 2}",
+        )
+    return positions - answer
 
 
 def _no_evaluation(rows: Tokenized, train: Any) -> list[str]:
@@ -111,22 +141,44 @@ def _stop_at_end_of_turn(encoder: ChatEncoder, model: Any) -> list[str]:
 def _encode_split(rows: Any, split: str, result: Tokenized, rules: Rules, args: Any) -> Any:
     encode = batch_encoder(result.form, rules)
     map_args = {"batched": True, "batch_size": 256, "remove_columns": rows.column_names}
+    if result.form == "prompt":
+        _check_names(rows)
     if isinstance(rows, IterableDataset):
+        if result.form == "prompt":  # the row's own columns stay: rewards read them
+            encoded = rows.map(encode, batched=True, batch_size=256)
+            return encoded.filter(_StreamFilter(result.ledger, split, args)).remove_columns(BOOKS)
         keep = COLUMNS[result.form] + ["label"] * (result.form == "kto")
         encoded = rows.map(encode, **map_args)
         return encoded.filter(_StreamFilter(result.ledger, split, args)).select_columns([*keep, "length"])
     encoded = rows.map(
         encode,
         desc=f"Encoding {split} rows",
-        num_proc=args.train.dataset_num_proc,
+        num_proc=vars(args.train).get("dataset_num_proc"),
         load_from_cache_file=False,
         new_fingerprint=f"{rows._fingerprint}-{result.form}",
         **map_args,
     )
     result.lengths[split] = np.asarray(encoded["whole"], dtype=np.int64)
-    for name in ("unstopped", "skipped", "escaped", "near", "turns"):
+    for name in COUNTS:
         result.counts[f"{split} {name}"] += int(np.sum(encoded[name]))
-    return _settle(encoded, split, result, args)
+    good = _settle(encoded, split, result, args)
+    if result.form != "prompt":
+        keep = COLUMNS[result.form] + [c for c in ("label", "margin") if c in encoded.column_names]
+        return encoded.select(good).select_columns([*keep, "length", "source", "row"])
+    own = rows.select(good)
+    return datasets.concatenate_datasets([own, encoded.select(good).select_columns(["prompt_ids"])], axis=1)
+
+
+def _check_names(rows: Any) -> None:
+    """Raise InputError when the rows have a column whose name the trainer needs."""
+    names = ["prompt_ids", *BOOKS] if isinstance(rows, IterableDataset) else ["prompt_ids"]
+    taken = [name for name in rows.column_names or [] if name in names]
+    if taken:
+        raise InputError(
+            f"the rows have a column {taken[0]!r}, a name that is needed here",
+            where=f"column {taken[0]}",
+            fix=f"rename it in a data/*.yaml (columns: {{my_{taken[0]}: {taken[0]}}}) or in the row function",
+        )
 
 
 class _StreamFilter:
@@ -148,8 +200,8 @@ class _StreamFilter:
         return False
 
 
-def _settle(encoded: Dataset, split: str, result: Tokenized, args: Any) -> Dataset:
-    """Book what was encoded, cut and found unfit; return the rows that stay."""
+def _settle(encoded: Dataset, split: str, result: Tokenized, args: Any) -> list[int]:
+    """Book what was encoded, cut and found unfit; return the places of the rows that stay."""
     names = ["source", "row", "fault", "whole", "given", "lost", "tokens"]
     ledger, columns = result.ledger, encoded.select_columns(names)
     faults: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
@@ -182,9 +234,7 @@ def _settle(encoded: Dataset, split: str, result: Tokenized, args: Any) -> Datas
         ledger.cut(source, split, LONG, rows, tokens)
     for source, (tokens, answers) in kept.items():
         ledger.tokens(source, split, tokens, answers)
-    good = [index for index, fault in enumerate(encoded["fault"]) if not fault]
-    keep = COLUMNS[result.form] + [c for c in ("label", "margin") if c in encoded.column_names]
-    return encoded.select(good).select_columns([*keep, "length", "source", "row"])
+    return [index for index, fault in enumerate(encoded["fault"]) if not fault]
 
 
 def _refuse(faults: dict, split: str, total: int | None, args: Any) -> None:
@@ -200,13 +250,13 @@ def _refuse(faults: dict, split: str, total: int | None, args: Any) -> None:
     stopping = {
         (source, fault): rows
         for (source, fault), rows in faults.items()
-        if (args.data.on_long_row if fault.startswith(LONG) else args.data.on_bad_row) == "stop"
+        if (args.data.on_long_row if fault.startswith((LONG, NO_ROOM)) else args.data.on_bad_row) == "stop"
     }
     if not stopping and (count != total or split != "train"):
         return
     chosen = stopping or faults
     (source, fault), rows = max(chosen.items(), key=lambda item: len(item[1]))
-    long = fault.startswith(LONG)
+    long = fault.startswith((LONG, NO_ROOM))
     places = ", ".join(str(row) for row, *_ in rows[:3]) + (", …" if len(rows) > 3 else "")
     longest = max(tokens for _, tokens, _ in rows)
     every = "every one" if count == total else f"{len(rows):,}"
@@ -216,12 +266,14 @@ def _refuse(faults: dict, split: str, total: int | None, args: Any) -> None:
         where=f"{source}, row {places}" + (f" (the longest has {longest:,} tokens)" if long else ""),
         why="nothing would be left to train on" if count == total else "they would teach nothing, or the wrong thing",
         fix=f"--max_length {1 << (longest - 1).bit_length()}, or --on_long_row cut (answers lose their end)"
-        if long
+        if fault.startswith(LONG)
         else _fix(fault, count == total),
     )
 
 
 def _fix(fault: str, every: bool) -> str:
+    if fault == NO_ROOM:
+        return "a smaller --max_completion_length" + ("" if every else ", or --on_long_row drop")
     if fault.startswith(REFUSED):
         return "merge or reorder the turns, or leave such rows out with --on_bad_row drop"
     if "template" in fault:

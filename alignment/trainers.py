@@ -39,10 +39,10 @@ class Order(TrainerCallback):
         self.generator.manual_seed(seed + math.floor(state.epoch or 0))
 
 
-class Finite:
-    """Ends a run before a loss or gradient that is not finite reaches the weights; stands in front of a trainer."""
+class Guard:
+    """Ends a run whose loss or gradient is not finite before the weights are touched; stands before TRL's class."""
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run one forward and backward pass; raise InputError when the loss is not finite."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._refuse(loss.item(), "loss")
@@ -67,8 +67,8 @@ class Finite:
         )
 
 
-class Frugal(Finite):
-    """What all four trainers share; stands in front of TRL's class among the bases."""
+class Frugal(Guard):
+    """What the trainers on rows with answers share; stands in front of TRL's class among the bases."""
 
     notes: list[str]
     token_count: TokenCount
@@ -103,7 +103,7 @@ class Frugal(Finite):
             self.token_count.add(real, computed)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Count the tokens of a packed batch, whose forward pass has no mask to count by; then as `Finite`."""
+        """Run one forward and backward pass, and count what a packed batch computes."""
         if "position_ids" in inputs and "attention_mask" not in inputs:
             real = (inputs["input_ids"] != self._tokenizer.pad_token_id) | (inputs["position_ids"] != 0)
             self.token_count.add(real.sum(), real.numel())

@@ -11,7 +11,7 @@ from datasets import Dataset
 from toy_runs import same_weights, say
 
 from alignment import ppo_math
-from alignment.answers import AnswerTable, checked_reward, statistics
+from alignment.answers import AnswerTable, statistics
 from alignment.checkpoints import load_adapter, load_base, load_checkpoint, load_tokenizer
 from alignment.critic import CRITIC, POLICY, REFERENCE
 from alignment.diagnosis import diagnose
@@ -453,21 +453,17 @@ def test_critic_starts_from_a_reward_model(toy, tmp_path):
     ("reward", "message"),
     [
         (lambda **k: 1 / 0, "raised ZeroDivisionError"),
-        (lambda prompts, completions, **k: [1.0], r"returned 1 numbers for 8 answers"),
+        (lambda prompts, completions, **k: [1.0], r"returned 1 values for 8 answers"),
         (lambda prompts, completions, **k: ["good"] * len(prompts), "returned 'good'"),
         (lambda prompts, completions, **k: [math.nan] * len(prompts), "returned nan"),
         (lambda prompts, completions, **k: [math.inf] * len(prompts), "returned inf"),
-        (lambda **k: None, "returned NoneType"),
+        (lambda **k: None, "returned None"),
+        (lambda colour, **k: None, "needs a column 'colour'"),
     ],
 )
 def test_bad_rewards_are_named(toy, tmp_path, reward, message):
     with pytest.raises(InputError, match=f"reward function <lambda> {message}"):
         trainer(toy, tmp_path, reward=reward).train()
-
-
-def test_rewards_may_be_tensors_or_say_nothing():
-    assert checked_reward(lambda **k: torch.tensor([1.0, 2.0]))(prompts=["a", "b"], completions=["a", "b"]) == [1, 2]
-    assert checked_reward(lambda **k: (None, 1))(prompts=["a", "b"], completions=["a", "b"]) == [None, 1]
 
 
 @pytest.mark.parametrize(
