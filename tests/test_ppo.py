@@ -3,12 +3,15 @@
 import json
 import math
 import random
+import subprocess
+import sys
 
 import peft
 import pytest
 import torch
+from conftest import ROOT
 from datasets import Dataset
-from toy_runs import same_weights, say
+from toy_runs import same_weights, say, weights
 
 from alignment import ppo_math
 from alignment.answers import AnswerTable, statistics
@@ -17,6 +20,7 @@ from alignment.critic import CRITIC, POLICY, REFERENCE
 from alignment.diagnosis import diagnose
 from alignment.errors import InputError
 from alignment.ppo import EpochSampler, PPOConfig, PPOTrainer
+from alignment.rewards import last_text
 from alignment.sampling import SamplingRules, row_draws, sample
 
 CLOSE = dict(rtol=1e-6, atol=1e-6)
@@ -557,3 +561,66 @@ def test_resumed_is_never_stopped(toy, tmp_path, adapter, at):
     assert again.kl.coef == whole.kl.coef != 0.05 and again.spread == whole.spread
     last = [[entry for entry in run.state.log_history if "reward" in entry][-1] for run in (whole, again)]
     assert last[0]["reward"] == last[1]["reward"] and last[0]["policy_loss"] == last[1]["policy_loss"]
+
+
+TWO = """
+import sys
+sys.path[:0] = sys.argv[3:]
+from pathlib import Path
+from test_ppo import trainer
+adapter = sys.argv[1] == "True"
+run = trainer(
+    Path(sys.argv[2]) / "model", Path(sys.argv[2]) / "two", adapter=adapter, per_device_train_batch_size=2,
+    steps_per_generation=4, gradient_accumulation_steps=2, optim="sgd", learning_rate=0.05, max_approx_kl=5.0,
+    target_kl=0.5, max_grad_norm=0.5, max_steps=6, whiten_rewards=True,
+)
+run.train()
+run.save_model(str(Path(sys.argv[2]) / "two" / "end"))
+assert run.accelerator.num_processes == 2
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True])
+def test_two_processes_are_one(toy, tmp_path, adapter):
+    """The same answers, advantages and updates, whether one process holds all rows or two hold half of them."""
+    (tmp_path / "model").symlink_to(toy)
+    (tmp_path / "two.py").write_text(TWO, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    words = [tmp_path / "two.py", adapter, tmp_path, ROOT / "tests", ROOT]
+    done = subprocess.run([*torchrun, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = trainer(
+        toy, tmp_path / "one", adapter=adapter, per_device_train_batch_size=4, steps_per_generation=4,
+        gradient_accumulation_steps=2, optim="sgd", learning_rate=0.05, max_approx_kl=5.0, target_kl=0.5,
+        max_grad_norm=0.5, max_steps=6, whiten_rewards=True,
+    )  # fmt: skip
+    one.train()
+    one.save_model(str(tmp_path / "one" / "end"))
+    for folder in ("", "critic"):
+        alone, both = weights(tmp_path / "one" / "end" / folder), weights(tmp_path / "two" / "end" / folder)
+        assert alone.keys() == both.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(value, both[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_reward_rises(tmp_path, seed, adapter):
+    """The share of the letter e in the answers at least rises by half, and the critic explains something of it."""
+    folder = ROOT / "data" / "tiny" / "model"
+    rows = [json.loads(line) for line in (ROOT / "data/tiny/prompts/train.jsonl").read_text().splitlines()]
+    run = trainer(
+        folder, tmp_path, lambda completions, **k: [last_text(c).count("e") / 10 for c in completions],
+        adapter=adapter, rows=Dataset.from_list(rows), per_device_train_batch_size=16, steps_per_generation=4,
+        num_iterations=2, max_steps=160, logging_steps=8, learning_rate=5e-3 if adapter else 1e-3, kl_coef=0.005,
+        critic_learning_rate=1e-2 if adapter else 2e-3, vf_coef=0.5, max_completion_length=12, seed=seed,
+    )  # fmt: skip
+    run.train()
+    log = [entry for entry in run.state.log_history if "reward" in entry]
+    first, last = (sum(entry["reward"] for entry in part) / 4 for part in (log[:4], log[-4:]))
+    print(seed, adapter, first, last, [round(entry["explained_variance"], 2) for entry in log])
+    assert last > 1.5 * first
+    assert max(entry["explained_variance"] for entry in log[-6:]) > 0.1
+    assert all(0 <= entry["kl"] < 30 for entry in log[1:])
