@@ -155,7 +155,8 @@ def child(args):
                 {
                     "answers": args.answers, "seconds": seconds, "seconds_per_1000": 1000 * seconds / args.answers,
                     "peak_mb": peak, "before_mb": before, "first_reward": rewards[0],
-                    "last_reward": sum(last) / len(last), "held_out": held_out(policy, load_tokenizer(args.model), args),
+                    "last_reward": sum(last) / len(last),
+                    "held_out": held_out(policy, load_tokenizer(args.model), args),
                 }
             ),
         )  # fmt: skip
