@@ -97,6 +97,8 @@ class PPOConfig(GRPOConfig):
         self._refuse_grpo()
         if alone := self.num_generations == 1:
             self.num_generations = _Alone(1)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every trained weight is used in each step
         super().__post_init__()
         if alone:
             self.num_generations = 1

@@ -567,6 +567,7 @@ TWO = """
 import sys
 sys.path[:0] = sys.argv[3:]
 from pathlib import Path
+import torch
 from test_ppo import trainer
 adapter = sys.argv[1] == "True"
 run = trainer(
@@ -577,6 +578,8 @@ run = trainer(
 run.train()
 run.save_model(str(Path(sys.argv[2]) / "two" / "end"))
 assert run.accelerator.num_processes == 2
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
