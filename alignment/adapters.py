@@ -217,9 +217,6 @@ def limits(name: str, recipe: str, train_args: Any) -> list[Limit]:
     if recipe in ("dpo", "kto"):
         usual = "ln 2" if recipe == "dpo" else "its usual 0.5"
         found.append(Limit(f"{name}: untrained virtual tokens move the policy: the loss does not start at {usual}"))
-    if samples(train_args):
-        text = "padding in a batch moves the positions behind PEFT's virtual tokens: an answer sampled alone differs"
-        found.append(Limit(f"{name}: {text}"))
     if name == "prompt":
         found.append(Limit("prompt tuning learns little below a billion parameters: lora or prefix learn more"))
     return found
@@ -236,14 +233,6 @@ def apply_defaults(args: Arguments, name: str, model: PreTrainedModel) -> list[s
         InputError: the user asked for something that the method cannot do.
     """
     notes = []
-    if samples(args.train) and name in ("prefix", "cartridge"):
-        raise InputError(
-            f"{name} tuning cannot learn from answers it samples",
-            where=f"--peft {name}",
-            why="a prefix is a cache: in a padded batch the positions of sampling are not those of the training step, "
-            "and the log-probabilities of one answer differ by more than 1 (measured, PEFT 0.21)",
-            fix="--peft lora (or another that changes weights); sft, dpo and kto can train a prefix",
-        )
     for limit in limits(name, args.recipe, args.train):
         keys = [key for key in _same(limit.switch) if key in vars(args.train)]
         if not limit.refuse:

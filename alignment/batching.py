@@ -190,6 +190,33 @@ def _join(outputs: list[ModelOutput], inverse: torch.Tensor, spare: int) -> Mode
     return type(first)(**joined)
 
 
+def flush_left(forward: Callable) -> Callable:
+    """Wrap a model's forward so that rows padded on both sides, as prompts with answers are, lose the padding in front.
+
+    `narrow` inside of it can then make narrower batches, and positions count from the first token, as they do when
+    answers are sampled. Log-probabilities and entropies come back where they belong. Only calls of TRL's fused head go
+    through it; those with more inputs than tokens, mask and labels go through unchanged.
+    """
+
+    @wraps(forward)
+    def run(*args, **inputs) -> ModelOutput:
+        mask, known = inputs.get("attention_mask"), {"input_ids", "attention_mask", "labels", "fused_lm_head"}
+        if args or not inputs.get("fused_lm_head") or mask is None or set(inputs) != known:
+            return forward(*args, **inputs)
+        columns, pads = torch.arange(mask.shape[1], device=mask.device), mask.long().argmax(1, keepdim=True)
+        there = (columns + pads) % len(columns)
+        moved = {name: inputs[name].gather(1, there) for name in ("input_ids", "attention_mask", "labels")}
+        output = forward(**moved, fused_lm_head=True, use_cache=False)
+        width = len(columns) - 1  # a log-probability for every token but the first
+        back = (columns[:width] - pads) % width
+        for name in PER_TOKEN:
+            if name in output and output[name] is not None:
+                output[name] = output[name][:, -width:].gather(1, back)  # virtual tokens of PEFT stand in front
+        return output
+
+    return run
+
+
 def kl_completions(rows: Dataset, batch_size: int, seed: int) -> Dataset:
     """Put thumbs into fixed batches of like lengths and give each row another row's answer of its batch.
 

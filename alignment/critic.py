@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from alignment.batching import split_rows
+from alignment.batching import TokenCount, split_rows
 from alignment.checkpoints import adapter_config, load_base
 from alignment.errors import InputError
 from alignment.folders import find_base, is_adapter
@@ -42,12 +42,14 @@ class ActorCritic(nn.Module):
         critic: a backbone of its own, or None when it is an adapter of the policy.
         head: hidden state -> value, in float32.
         reference: a frozen copy of the policy as it started, or None when it is the policy with other adapters.
+        count: tokens that were trained on, and computed.
     """
 
     def __init__(self, policy: PreTrainedModel | PeftModel, critic: nn.Module | None, head: nn.Linear):
         super().__init__()
         self.policy, self.critic, self.head = policy, critic, head.float()
         self.reference: nn.Module | None = None
+        self.count = TokenCount()
         self.base = [policy.get_base_model() if isinstance(policy, PeftModel) else policy]  # a list: no second owner
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         self.layers = [module for module in policy.modules() if isinstance(module, kinds)]
@@ -87,6 +89,8 @@ class ActorCritic(nn.Module):
         lengths, start = tuple(sizes[order].tolist()), 0
         for end in split_rows(lengths, max(1, min(PARTS, len(lengths) // ROWS))):
             rows, width = order[start:end], lengths[start]
+            if torch.is_grad_enabled():
+                self.count.add(sum(lengths[start:end]), width * (end - start))
             part = [batch[rows, :width] for batch in (input_ids, attention_mask, labels)]
             for name, value in self._part(*part, want).items():
                 found.setdefault(name, []).append(nn.functional.pad(value, (0, input_ids.shape[1] - width)))

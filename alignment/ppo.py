@@ -67,7 +67,7 @@ class PPOTrainer(Rollout):
         # vLLM and the generation settings hold the policy; everything that trains holds policy and critic from here on.
         whole = build(self.model, args.critic_model, isinstance(model, PeftModel), args.kl_coef > 0)
         self.model = self.model_wrapped = whole.to(self.args.device)
-        self.text_dataset = text_dataset
+        self.text_dataset, self.token_count = text_dataset, whole.count
         self.kl = ppo_math.KLController(args.kl_coef, args.target_kl, args.kl_horizon)
         self.spread = ppo_math.RunningStd()
         self.table = AnswerTable(args.output_dir, args.num_completions_log_steps)

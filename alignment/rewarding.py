@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from alignment.checkpoints import adapter_config, load_checkpoint
 from alignment.errors import InputError, nearest
 from alignment.folders import ADAPTER_WEIGHTS, check_model, is_adapter
-from alignment.rewards import last_text
+from alignment.rewards import last_text, steps_of
 from alignment.templates import ChatEncoder
 
 # What a reward function may ask for beside the columns of the rows.
@@ -166,15 +166,21 @@ class Checked:
 
     Args:
         function: takes lists of equal length by name (`prompts`, `completions`, the columns of the rows, and of GIVEN
-            what it asks for) and returns a list of numbers, None where it has nothing to say.
+            what it asks for) and returns a list of numbers, None where it has nothing to say; or for each answer a list
+            with one number per step (`alignment.rewards.steps_of`), whose mean is then its value.
         stops: token ids at which an answer ends.
+
+    Attributes:
+        by_step: whether the trainer can use a reward per step.
+        steps: the rewards per step of the last call, None for an answer without.
 
     Raises (when called):
         InputError: the function raised, or returned something else than one finite number or None per answer.
     """
 
     def __init__(self, function: Callable, stops: Iterable[int] = ()):
-        self.function, self.stops = function, set(stops)
+        self.function, self.stops, self.by_step = function, set(stops), False
+        self.steps: list[list[float] | None] = []
         self.__name__ = name_of(function)
         parameters = inspect.signature(function).parameters.values()
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -222,7 +228,11 @@ class Checked:
         if len(values) != count:
             raise self.wrong(f"returned {len(values)} values for {count} answers", None, given)
         numbers: list[float | None] = []
+        self.steps = []
         for index, value in enumerate(values):
+            self.steps.append(self._steps(value, index, given) if isinstance(value, list) else None)
+            if self.steps[-1] is not None:
+                value = sum(self.steps[-1]) / max(len(self.steps[-1]), 1)
             if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
                 value = value.item()
             if value is not None and not isinstance(value, Real):
@@ -231,6 +241,18 @@ class Checked:
                 raise self.wrong(f"returned {float(value)}", index, given)
             numbers.append(None if value is None else float(value))
         return numbers
+
+    def _steps(self, values: list, index: int, given: dict[str, Any]) -> list[float]:
+        """Return the rewards of the steps of one answer."""
+        if not self.by_step:
+            raise self.wrong("returned a list for one answer: rewards per step are for GRPO", index, given)
+        wanted = len(steps_of(given["completions"][index])) if "completions" in given else len(values)
+        if len(values) != wanted:
+            raise self.wrong(f"returned {len(values)} rewards for an answer of {wanted} steps (lines)", index, given)
+        for value in values:
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise self.wrong(f"returned {_shown(value)} for a step", index, given)
+        return [float(value) for value in values]
 
     def wrong(self, what: str, index: int | None, given: dict[str, Any]) -> InputError:
         """Return the error for a value, with the row, prompt and answer it belongs to."""

@@ -179,6 +179,11 @@ def repetition(text: str, n: int = 3) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
+def steps_of(said: str | list[dict]) -> list[str]:
+    """Return the steps of an answer, its lines that are not empty: what a reward per step has one number for."""
+    return [line for line in last_text(said).split("\n") if line.strip()]
+
+
 def last_text(said: str | list[dict]) -> str:
     """Return the text of a prompt or an answer: itself, or that of its last turn."""
     return said if isinstance(said, str) else (said[-1].get("content") or "") if said else ""

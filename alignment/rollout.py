@@ -3,18 +3,19 @@
 from typing import Any
 
 import torch
+import trl
 from accelerate.utils import gather
 
 from alignment import ppo_math
 from alignment.answers import AnswerTable, statistics
-from alignment.online import GRPOTrainer
+from alignment.online import Online
 from alignment.ppo_config import PPOConfig
 from alignment.sampling import SamplingRules, row_draws, sample
 
 TRAIN, EVAL = 0, 1
 
 
-class Rollout(GRPOTrainer):
+class Rollout(Online, trl.GRPOTrainer):
     """What `PPOTrainer` does before the updates.
 
     Attributes:
@@ -25,7 +26,11 @@ class Rollout(GRPOTrainer):
     kl: ppo_math.KLController
     spread: ppo_math.RunningStd
     table: AnswerTable
+    _completions_at = 3
     _eval_batches: int
+
+    def _drop_padding(self) -> None:
+        self._apart = False  # `ActorCritic` drops padding by itself, and has no virtual tokens
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Sample answers, score them, and work out advantages and returns; every tensor is (rows, tokens)."""

@@ -1,7 +1,7 @@
 """Group Relative Policy Optimization: sample answers, reward them, prefer the better ones of each group.
 
     accelerate launch recipes/grpo.py --model_name_or_path outputs/sft   # on top of what recipes/sft.py left
-    accelerate launch recipes/grpo.py --model_name_or_path outputs/sft --peft lora --num_generations 16
+    accelerate launch recipes/grpo.py --model_name_or_path outputs/sft --peft lora --num_generations 32
     accelerate launch recipes/grpo.py --dry_run                          # rehearse: do the rewards tell answers apart?
 
 To make it yours, edit DEFAULTS, `to_prompt` and `reward`, or give a YAML with the same keys: --config mine.yaml.
@@ -19,17 +19,17 @@ DEFAULTS = dict(
     output_dir="outputs/grpo",
     # How: every weight. --peft lora and qlora take the base model as the reference
     peft="none",
-    learning_rate=2e-4,
+    learning_rate=1e-4,
     lr_scheduler_type="constant",
     beta=0.0,  # the pull back towards the reference; above 0 it costs one more forward pass
     loss_type="dapo",  # grpo, dr_grpo, …: how the loss is averaged over tokens
     # How answers are sampled: a group of them for each prompt
-    num_generations=8,
+    num_generations=16,
     max_completion_length=24,
     temperature=1.0,
-    # How much: 8 prompts x 8 answers an update
-    per_device_train_batch_size=64,
-    max_steps=150,
+    # How much: 8 prompts x 16 answers an update
+    per_device_train_batch_size=128,
+    max_steps=120,
     # What is looked at, and what is kept: one answer to each held-out prompt
     num_generations_eval=1,
     per_device_eval_batch_size=200,
