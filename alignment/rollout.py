@@ -168,8 +168,6 @@ class Rollout(Online, trl.GRPOTrainer):
         for name, column in zip(self.reward_func_names, per_function.T, strict=True):
             numbers[f"rewards/{name}"] = float(column.nanmean())
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name in [name for name in metrics if name.startswith("completions/")]:
-            del metrics[name]  # ours say the same under one name each
         for name, value in numbers.items():
             metrics[name].append(value)
         if self.model.training:
