@@ -215,6 +215,11 @@ class ActorCritic(nn.Module):
         self.train_critic()
 
 
+def policy_of(model: nn.Module) -> nn.Module:
+    """Return the policy of an `ActorCritic`, and any other model as it is."""
+    return model.policy if isinstance(model, ActorCritic) else model
+
+
 def _aligned(values: torch.Tensor) -> torch.Tensor:
     """Put a column of zeros in front: the first token is predicted by nothing."""
     return nn.functional.pad(values, (1, 0))

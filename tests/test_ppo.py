@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from datasets import Dataset
+from test_recipes import launch
 from toy_runs import same_weights, say, weights
 
 from alignment import ppo_math
@@ -626,3 +627,25 @@ def test_reward_rises(tmp_path, seed, adapter):
           [round(entry["explained_variance"], 2) for entry in log])  # fmt: skip
     assert last > 1.5 * first
     assert max(entry["explained_variance"] for entry in log[-6:]) > 0.1
+
+
+@pytest.mark.parametrize("flags", [[], ["--peft", "lora"]])
+def test_recipe_leaves_a_checkpoint_and_goes_on_from_one(tmp_path, flags):
+    rows = (ROOT / "data/tiny/prompts/train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:32]
+    (tmp_path / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
+    common = [
+        "--data", tmp_path / "rows.jsonl", "--test_size", 0, "--output_dir", tmp_path / "out", "--rehearsal_prompts", 2,
+        "--per_device_train_batch_size", 4, "--steps_per_generation", 2, "--max_completion_length", 6, "--save_steps", 3,
+        "--save_strategy", "steps", "--max_steps", 4, "--num_completions_log_steps", 2, *flags,
+    ]  # fmt: skip
+    launch("ppo", *common)
+    model, tokenizer = load_checkpoint(tmp_path / "out")
+    assert model.generation_config.eos_token_id and tokenizer.chat_template
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["status"] == "finished" and record["ledger"] and not record.get("groups")
+    assert (tmp_path / "out" / "completions" / "answers.jsonl").is_file()
+    assert (tmp_path / "out" / "critic").is_dir() and (tmp_path / "out" / "generation_config.json").is_file()
+    before = weights(tmp_path / "out") | weights(tmp_path / "out" / "critic")
+    launch("ppo", *common, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-3")
+    after = weights(tmp_path / "out") | weights(tmp_path / "out" / "critic")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
