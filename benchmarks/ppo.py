@@ -129,8 +129,6 @@ def theirs(args, folder):
         local_rollout_forward_batch_size=ROLLOUT, save_strategy="no", report_to="none", bf16=False,
         use_cpu=not torch.cuda.is_available(), disable_tqdm=True, seed=args.seed,
     )  # fmt: skip
-    # its micro-batches are cut from the batch: this many rows a minibatch, and as many minibatches
-    config.per_device_train_batch_size, config.gradient_accumulation_steps = ROLLOUT // MINIBATCHES, 1
     data = Dataset.from_list([{"input_ids": row["prompt_ids"]} for row in rows])
     trainer = PPOTrainer(
         config, tokenizer, policy, reference, Reward(), data, critic, eval_dataset=data.select(range(64))

@@ -635,8 +635,9 @@ def test_recipe_leaves_a_checkpoint_and_goes_on_from_one(tmp_path, flags):
     (tmp_path / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
     common = [
         "--data", tmp_path / "rows.jsonl", "--test_size", 0, "--output_dir", tmp_path / "out", "--rehearsal_prompts", 2,
-        "--per_device_train_batch_size", 4, "--steps_per_generation", 2, "--max_completion_length", 6, "--save_steps", 3,
-        "--save_strategy", "steps", "--max_steps", 4, "--num_completions_log_steps", 2, *flags,
+        "--per_device_train_batch_size", 4, "--steps_per_generation", 2, "--max_completion_length", 6,
+        "--save_strategy", "steps", "--save_steps", 3, "--save_total_limit", 2, "--max_steps", 4,
+        "--num_completions_log_steps", 2, *flags,
     ]  # fmt: skip
     launch("ppo", *common)
     model, tokenizer = load_checkpoint(tmp_path / "out")
