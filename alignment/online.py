@@ -58,7 +58,8 @@ class Online(Guard):
     """
 
     notes: list[str]
-    _completions_at: int
+    _completions_at: int  # where TRL's `_generate` returns the texts
+    _with_scores: bool  # whether its `_generate_single_turn` returns log-probabilities beside the ids
 
     def __init__(
         self,
@@ -130,17 +131,17 @@ class Online(Guard):
             return super()._tokenize_prompts(prompts)
         return [list(row["prompt_ids"]) for row in self._rows], None, {}
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any) -> tuple[list[list[int]], Any]:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *rest: Any) -> Any:
         """Sample answers; behind PEFT's virtual tokens in batches of equal lengths, as padding would move positions."""
         if not self._apart or self.use_vllm:
             return super()._generate_single_turn(prompt_ids, *rest)
         answers: list[list[int]] = [[] for _ in prompt_ids]
         for length in sorted({len(ids) for ids in prompt_ids}):
             places = [place for place, ids in enumerate(prompt_ids) if len(ids) == length]
-            made, _ = super()._generate_single_turn([prompt_ids[place] for place in places], *rest)
-            for place, ids in zip(places, made, strict=True):
+            made = super()._generate_single_turn([prompt_ids[place] for place in places], *rest)
+            for place, ids in zip(places, made[0] if self._with_scores else made, strict=True):
                 answers[place] = ids
-        return answers, None
+        return (answers, None) if self._with_scores else answers
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the values of all rewards, of all processes; count the groups without a difference."""
@@ -171,7 +172,7 @@ class Online(Guard):
 class GRPOTrainer(Online, trl.GRPOTrainer):
     """`trl.GRPOTrainer` (Shao et al. 2024) on the rows of `tokenize(..., "prompt")`, with rewards per step, too."""
 
-    _completions_at = 3
+    _completions_at, _with_scores = 3, True
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -215,7 +216,7 @@ class GRPOTrainer(Online, trl.GRPOTrainer):
 class RLOOTrainer(Online, trl.RLOOTrainer):
     """`trl.RLOOTrainer` (Ahmadian et al. 2024) on the rows of `tokenize(..., "prompt")`."""
 
-    _completions_at = 2
+    _completions_at, _with_scores = 2, False
 
 
 def virtual_embeddings(model: Any) -> bool:

@@ -49,7 +49,7 @@ def examine(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Findi
     found += _launch(trainer)
     found += _size(trainer, args, loaded, rows)
     if rows.form == "prompt":
-        found += _prompts(rows, args)
+        found += _prompts(rows, args) + _rollouts(trainer, rows)
     else:
         found += _plan(trainer, rows)
         if not isinstance(rows.train, IterableDataset):
@@ -116,6 +116,24 @@ def _prompts(rows: Tokenized, args: Any) -> list[Finding]:
         text = f"{rows.counts['train control']:,} control tokens in plain prompts are read as control tokens"
         found.append(Finding("warning", text, "prompts as lists of turns, whose text stays text"))
     return found + _bos(rows)
+
+
+def _rollouts(trainer: Any, rows: Tokenized) -> list[Finding]:
+    """Say how many answers are sampled for an update, and how many updates there are."""
+    settings = trainer.args
+    if "generation_batch_size" not in vars(settings):
+        return []
+    prompts = settings.generation_batch_size // settings.num_generations
+    each = settings.steps_per_generation * settings.num_iterations / settings.gradient_accumulation_steps
+    if not isinstance(rows.train, IterableDataset) and len(rows.train) < prompts:
+        fix = "more rows, or a smaller --per_device_train_batch_size"
+        return [Finding("error", f"{len(rows.train):,} prompts are fewer than the {prompts} of one update", fix)]
+    steps = settings.max_steps
+    if steps <= 0:
+        steps = math.ceil(len(rows.train) // prompts * each * settings.num_train_epochs)
+    text = f"{prompts} prompts x {settings.num_generations} answers, then {each:g} update{'s' if each != 1 else ''}"
+    rate = f"learning rate {settings.learning_rate:g} ({settings.lr_scheduler_type.value})"
+    return [Finding("fact", f"{text}; {steps:,} updates in all, {rate}")]
 
 
 def _lengths(rows: Tokenized, args: Any, loaded: Any) -> list[Finding]:

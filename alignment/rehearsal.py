@@ -33,7 +33,7 @@ class Trial:
     """What one reward said of the answers.
 
     Attributes:
-        values: shape (prompts, answers to each), nan where the reward had nothing to say.
+        values: shape (groups, answers in each), nan where the reward had nothing to say.
         seconds: of the call.
     """
 
@@ -63,7 +63,7 @@ class Rehearsal:
 
     Attributes:
         trials: one per reward, and "all together" at the end where there are several.
-        lengths, ended: tokens of each answer, and whether it stopped by itself, shape (prompts, answers to each).
+        lengths, ended: tokens of each answer, and whether it stopped by itself, shape (groups, answers in each).
         examples: (prompt, answer, reward) of a few.
     """
 
@@ -112,7 +112,7 @@ def rehearse(trainer: Any, prompts: int) -> Rehearsal:
     rows = [row for row in _some(trainer.train_dataset, prompts) for _ in range(size)]
     with untouched(trainer.args.seed):
         sample = trainer.sample(rows)
-        shape = (len(rows) // size, size)
+        shape = (len(rows) // size, size) if size > 1 else (1, len(rows))  # PPO compares over all prompts
         found.lengths = np.array([len(ids) for ids in sample.ids]).reshape(shape)
         found.ended = np.array(sample.ended).reshape(shape)
         for reward in trainer.rewards:
@@ -154,10 +154,9 @@ def _judge(found: Rehearsal, trainer: Any, rows: list[dict], sample: Any) -> Non
     total = Trial("all together", np.nansum(parts, axis=0), sum(trial.seconds for trial in found.trials))
     if len(found.trials) > 1:
         found.trials.append(total)
-    size = trainer.num_generations
-    for group in range(min(SHOWN, len(total.values))):
-        texts = last_text(rows[group * size]["prompt"]), last_text(sample.completions[group * size])
-        found.examples.append((*texts, float(total.values[group, 0])))
+    for place in range(0, len(rows), trainer.num_generations)[:SHOWN]:
+        texts = last_text(rows[place]["prompt"]), last_text(sample.completions[place])
+        found.examples.append((*texts, float(total.values.flat[place])))
     found.findings += [*_about_rewards(total, silent), *_about_length(found, total, trainer.args)]
 
 
@@ -207,7 +206,8 @@ def show(found: Rehearsal, console: Console) -> None:
         return
     groups, size = found.lengths.shape
     console.print()
-    table = Table(title=f"Rehearsal: {groups} prompts x {size} answers, untrained", title_justify="left")
+    name = f"{groups} prompts x {size} answers" if groups > 1 else f"{size} answers"
+    table = Table(title=f"Rehearsal: {name}, untrained", title_justify="left")
     for head in ("reward", "mean", "spread in groups", "flat groups", "with length", "seconds"):
         table.add_column(head, justify="left" if head == "reward" else "right")
     for trial in found.trials:

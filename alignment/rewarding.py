@@ -313,6 +313,10 @@ class _Blame:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if not isinstance(error, Exception):
             return  # nothing happened, or Ctrl-C
+        if isinstance(error, InputError):
+            where = place(self._culprit(), self.given)
+            what = f"the reward function {self.reward.__name__}: {error.what}"
+            raise InputError(what, where=where, why=error.why, fix=error.fix) from error
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'without a message'}"
         line = _line(trace, self.reward.function)
         raise InputError(

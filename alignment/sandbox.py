@@ -11,7 +11,8 @@ runs the tests, the other the answer, whose functions the tests call over a pipe
 What it is not: a virtual machine. A hole in the kernel or in CPython's JSON is open; so is the disk, up to as many
 files of the largest size as fit into the time. On a kernel without seccomp or Landlock, or on macOS, some of the walls
 are missing: a warning names them. Only functions with plain arguments and results can be tested, arguments changed in
-place are not seen, and nothing but the standard library can be imported.
+place are not seen, and nothing but the standard library can be imported. The tests are trusted: they come from the
+data, and run with limits and without a network, but with the files of the user.
 """
 
 import contextlib

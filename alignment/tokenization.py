@@ -95,9 +95,11 @@ def _room(loaded: Any, args: Any) -> int | None:
             why="half a question has another answer",
             fix="--on_long_row drop, or stop",
         )
+    answer = args.train.max_completion_length
+    if answer is None:
+        raise InputError("answers have no longest length", where="--max_completion_length", fix="a number of tokens")
     if positions is None:
         return None
-    answer = args.train.max_completion_length
     if loaded.peft_config is not None and loaded.peft_config.is_prompt_learning:
         positions -= loaded.peft_config.num_virtual_tokens
     if answer >= positions:

@@ -13,17 +13,27 @@ from conftest import ROOT
 from test_recipes import RECIPES, few_rows, launch
 from transformers import TrainerCallback
 
-from alignment import run
+from alignment import online, run
 from alignment.adapters import NAMES, PROMPT_LEARNING, all_names
 from alignment.errors import InputError
 from alignment.models import load_checkpoint
 
 README = ROOT / "recipes" / "README.md"
 START, END = "<!-- grid: written by tests/test_grid.py -->\n", "<!-- end of grid -->\n"
+ONLINE = ("grpo", "rloo")
+GRID = (*RECIPES, *ONLINE)
+SAMPLING = {"num_generations": 4, "max_completion_length": 8, "rehearsal_prompts": 0}
 IDS = torch.tensor([[5, 6, 7, 8, 40, 41, 42]])
 SIX = ("none", "lora", "qlora", "dora", "ia3", "prefix", "prompt", "ptuning")
 # Notes about this run, not about the method in it.
-QUIET = ("learning rate", "new, trained from scratch", "rows packed", "no held-out rows", "the prefix starts")
+QUIET = (
+    "learning rate",
+    "new, trained from scratch",
+    "rows packed",
+    "no held-out rows",
+    "the prefix starts",
+    "rewards:",
+)
 
 
 class Before(TrainerCallback):
@@ -39,6 +49,11 @@ def answer(model):
         return model.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.float()
 
 
+def letters(completions):
+    """A reward that differs from answer to answer, as that of untrained models does not."""
+    return [sum(map(str.isalpha, answer[0]["content"])) / 8 for answer in completions]
+
+
 def two_steps(recipe, name, folder, bits4=False):
     """Train two steps as the recipe does; returns its trainer, loaded model and what stood there before."""
     before, finish = Before(), run.run
@@ -48,6 +63,7 @@ def two_steps(recipe, name, folder, bits4=False):
         "max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no",
         "learning_rate": 0.01, "lr_scheduler_type": "constant", "warmup_steps": 0,
     }  # fmt: skip
+    flags |= SAMPLING if recipe in ONLINE else {}
 
     def remember(trainer, *rest):
         trainer.add_callback(before)
@@ -55,6 +71,7 @@ def two_steps(recipe, name, folder, bits4=False):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "run", remember)
+        patch.setattr(online, "reward_functions", lambda functions, args: [letters])
         patch.setattr(run, "draw_curves", lambda *args, **kwargs: None)  # half a second, and not the matter here
         trainer, _, loaded, _ = launch(recipe, *(word for key, v in flags.items() for word in (f"--{key}", v)))
     return trainer, loaded, before
@@ -102,6 +119,11 @@ def test_method_trains_and_comes_back(recipe, name, tmp_path):
     assert bool(notes) == (name in PROMPT_LEARNING and (recipe != "reward" or name == "prompt")), notes
 
 
+@pytest.mark.parametrize(("recipe", "name"), [("grpo", "qlora"), ("grpo", "prefix"), ("rloo", "ptuning")])
+def test_method_learns_from_its_own_answers(recipe, name, tmp_path):
+    assert cell(recipe, name, tmp_path / "run")[0] == "works"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dora", "ia3", "prefix", "vera", "oft", "road"])
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "reward"])
@@ -120,13 +142,13 @@ def table(cells):
         result, said = cells[recipe, name]
         return result + "".join(f" [{notes[note]}]" for note in said)
 
-    lines = [f"| `--peft` | {' | '.join(RECIPES)} |", "|---|" + "---|" * len(RECIPES)]
+    lines = [f"| `--peft` | {' | '.join(GRID)} |", "|---|" + "---|" * len(GRID)]
     names = list(dict.fromkeys(name for _, name in cells))
     alike = {}
     for name in names:
-        alike.setdefault((name in NAMES) * name or tuple(show(r, name) for r in RECIPES), []).append(name)
+        alike.setdefault((name in NAMES) * name or tuple(show(r, name) for r in GRID), []).append(name)
     for same in alike.values():
-        cells_of = [show(recipe, same[0]) for recipe in RECIPES]
+        cells_of = [show(recipe, same[0]) for recipe in GRID]
         lines.append(f"| {', '.join(f'`{name}`' for name in same)} | {' | '.join(cells_of)} |")
     return "\n".join([*lines, "", *(f"{n}. {note}" for note, n in notes.items()), ""])
 
@@ -135,7 +157,7 @@ def table(cells):
 def test_grid_in_the_readme_is_what_happens(tmp_path):
     cells, failed = {}, {}
     for name in all_names():
-        for recipe in RECIPES:
+        for recipe in GRID:
             try:
                 cells[recipe, name] = cell(recipe, name, tmp_path / f"{recipe}-{name}")
             except (

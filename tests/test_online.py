@@ -67,6 +67,7 @@ def test_two_steps(recipe, flags, toy, prompts, tmp_path, capsys):
     assert record["status"] == "finished" and record["steps"] == 2
     assert record["groups"] == 4 and 0 <= record["groups_without_difference"] <= 4
     assert rows.train.column_names == ["prompt", "answer", "verifier", "source", "row", "prompt_ids"]
+    assert "2 prompts x 4 answers, then 1 update; 2 updates in all" in said
     assert "rehearsal: mean reward" in said and "rewards: reward" in said
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logged) == 2 and all("rewards/reward/mean" in entry and "kl" in entry for entry in logged)
@@ -167,6 +168,12 @@ def test_prompts_without_room_for_an_answer_are_counted(toy, tmp_path):
         start("grpo", toy, file, tmp_path / "no", "--on_long_row", "cut")
 
 
+def test_rows_can_be_a_stream(toy, prompts, tmp_path):
+    trainer, _, _, made = start("rloo", toy, prompts, tmp_path / "out", "--streaming")
+    assert next(iter(made.train)).keys() == {"prompt", "answer", "verifier", "source", "row", "prompt_ids"}
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -195,6 +202,7 @@ def test_rows_that_cannot_be_used(rows, message, toy, tmp_path):
         (("--num_generations", 0), "num_generations is 0"),
         (("--beta", -0.1), "beta is -0.1"),
         (("--max_completion_length", 0), "max_completion_length is 0"),
+        (("--per_device_train_batch_size", 64), "12 prompts are fewer than the 16"),
         (("--reward_weights", 1, 2), "2 weights for 1 rewards"),
         (("--reward_model", "data/tiny/model"), "no score head"),
         (("--reward_modle", "x"), "did you mean --reward_model"),
@@ -202,8 +210,6 @@ def test_rows_that_cannot_be_used(rows, message, toy, tmp_path):
 )
 @pytest.mark.parametrize("recipe", ["grpo", "rloo"])
 def test_flags_that_cannot_be_meant(recipe, flags, message, toy, prompts, tmp_path):
-    if flags[0] == "--reward_weights" and recipe == "rloo":
-        flags = ("--reward_weights", 1, 2)
     with pytest.raises(InputError, match=message):
         start(recipe, toy, prompts, tmp_path / "out", *flags)
 
