@@ -17,8 +17,8 @@ MANIFEST = "complete.json"
 ASIDE = "earlier_run"
 # What a run, and an evaluation of it, leaves in output_dir.
 RESULTS = (
-    f"{PREFIX_CHECKPOINT_DIR}-*", "base_model", "*.safetensors", "*.bin", "*.pt", "*.json", "*.jsonl", "*.jinja",
-    "merges.txt", "vocab.txt", "*.model", "README.md", "curves.png",
+    f"{PREFIX_CHECKPOINT_DIR}-*", "base_model", "critic", "completions", "*.safetensors", "*.bin", "*.pt", "*.json",
+    "*.jsonl", "*.jinja", "merges.txt", "vocab.txt", "*.model", "README.md", "curves.png",
 )  # fmt: skip
 
 

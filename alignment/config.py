@@ -202,15 +202,15 @@ def merge_layer(layer: tuple, values: dict, sources: dict, known: dict, hints: d
         check_known(name, known, where, flag=source == "flag")
         cls, fld = known[name]
         values[name] = coerce(name, value, hints[cls][name], where, choices=fld.metadata.get("choices"))
-        check_least(name, values[name], where)
+        check_least(name, values[name], where, fld.default)
         sources[name] = source
     resolve_aliases(values, sources, known, source)
 
 
-def check_least(name: str, value: Any, where: str) -> None:
-    """Raise InputError when a number is below what it can be."""
+def check_least(name: str, value: Any, where: str, default: Any) -> None:
+    """Raise InputError when a number is below what it can be, which is no more than the trainer's own default."""
     least, why = LEAST.get(name, (None, ""))
-    if least is not None and value is not None and value < least:
+    if least is not None and value is not None and value < least and value != default:
         raise InputError(f"{name} is {value}", where=where, why=why, fix=f"{least} or more")
 
 

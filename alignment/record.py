@@ -20,6 +20,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 
+from alignment.critic import policy_of
 from alignment.launch import command
 from alignment.report import write_text
 from alignment.tokenization import Tokenized
@@ -82,7 +83,7 @@ def weights_hash(trainer: Any) -> str:
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return ""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = policy_of(trainer.accelerator.unwrap_model(trainer.model))
     weights = dict(model.named_parameters())
     frozen = {name: weight for name, weight in weights.items() if not weight.requires_grad}
     digest = hashlib.sha256()
@@ -234,5 +235,6 @@ def conclude(console: Console, record: dict[str, Any], rows: Tokenized, folder: 
 
 def generation_config(model: Any) -> Any:
     """Return the generation config of a model or of what is under its adapter; None where it cannot generate."""
+    model = policy_of(model)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return vars(base).get("generation_config")

@@ -42,14 +42,19 @@ class Trial:
     seconds: float
 
     @property
+    def groups(self) -> np.ndarray:
+        """The values by group; where there is one answer to each prompt (PPO), all of them are one group."""
+        return self.values if self.values.shape[1] > 1 else self.values.T
+
+    @property
     def spread(self) -> float:
         """The mean standard deviation inside the groups."""
-        return float(np.nan_to_num(np.nanstd(self.values, axis=1)).mean())
+        return float(np.nan_to_num(np.nanstd(self.groups, axis=1)).mean())
 
     @property
     def flat(self) -> float:
         """The share of groups whose answers all have the same reward."""
-        return float((np.nan_to_num(np.ptp(np.nan_to_num(self.values), axis=1)) < FLAT).mean())
+        return float((np.nan_to_num(np.ptp(np.nan_to_num(self.groups), axis=1)) < FLAT).mean())
 
 
 @dataclass
@@ -157,7 +162,7 @@ def _judge(found: Rehearsal, trainer: Any, rows: list[dict], sample: Any) -> Non
 
 def _about_rewards(total: Trial, silent: np.ndarray) -> list[Finding]:
     """Say what share of the groups can teach something."""
-    groups, found = len(total.values), []
+    groups, found = len(total.groups), []
     if silent.any():
         text = f"no reward applies to {silent.mean():.0%} of the answers (all returned None)"
         found.append(Finding("warning", text, "a reward for every kind of row"))

@@ -8,6 +8,7 @@ from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from alignment.critic import policy_of
 from alignment.errors import InputError
 from alignment.models import LoadedModel
 
@@ -24,7 +25,7 @@ def ready(trainer: Trainer, loaded: LoadedModel) -> list[str]:
     TRL leaves 16; the reference of DPO and KTO becomes the adapter that is continued; AdaLoRA gets its
     schedule; p-tuning saves its encoder with each checkpoint, without which it cannot be resumed.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = policy_of(trainer.accelerator.unwrap_model(trainer.model))
     if not isinstance(model, peft.PeftModel):
         return []
     notes, config = [], model.peft_config["default"]
