@@ -5,10 +5,11 @@ STAMP := .venv/.installed
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST := $(OFFLINE) $(BIN)/python -m pytest -q -rfEs --durations=10
 
-.PHONY: help demo test test-slow lint tiny clean
+.PHONY: help demo rlhf test test-slow lint tiny clean
 
 help:
 	@echo "make demo       train, prefer, measure, compare: a few minutes on two CPU cores"
+	@echo "make rlhf       one tuned model, then PPO, DPO, GRPO, best of n: what each gains and costs; ten minutes"
 	@echo "make test       the fast tests"
 	@echo "make test-slow  learning curves, equivalences, resume, several processes; GPU tests where there is one"
 	@echo "make lint       ruff: rules and format"
@@ -17,6 +18,9 @@ help:
 
 demo: $(STAMP)
 	$(BIN)/python eval/demo.py
+
+rlhf: $(STAMP)
+	$(BIN)/python eval/rlhf.py
 
 test: $(STAMP)
 	$(PYTEST)

@@ -279,5 +279,5 @@ def _check_rows(rows: Dataset, texts: Dataset | None, args: PPOConfig) -> None:
         raise InputError(
             "the pretraining mix needs both its weight and its texts",
             where="--ptx_coef",
-            fix="set ptx_coef above 0 and give text_dataset, or neither",
+            fix="--ptx_coef above 0 and --text_data rows of text, or neither",
         )

@@ -63,7 +63,10 @@ class PPOConfig(GRPOConfig):
     )
     reward_scaling: bool = field(default=False, metadata={"help": "Divide scores by their running deviation."})
     reward_clip: float | None = field(default=None, metadata={"help": "Scores are cut at plus and minus this."})
-    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language model loss on text_dataset."})
+    ptx_coef: float = field(default=0.0, metadata={"help": "Weight of the language model loss on text_data."})
+    text_data: str | None = field(
+        default=None, metadata={"help": "Plain text for ptx_coef: what the policy must not forget (rows of text)."}
+    )
     critic_model: str | None = field(
         default=None, metadata={"help": "Reward model the critic starts from; none: it starts from the policy."}
     )

@@ -5,7 +5,8 @@ row that is cut or dropped is in the ledger, with its cause.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import datasets
@@ -13,7 +14,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import IntervalStrategy
 
-from alignment.data import Splits
+from alignment.data import Splits, load_splits
 from alignment.encoding import COLUMNS, COUNTS, LONG, NO_ROOM, REFUSED, Rules, batch_encoder
 from alignment.errors import InputError
 from alignment.ledger import Ledger
@@ -281,3 +282,29 @@ def _fix(fault: str, every: bool) -> str:
     if "template" in fault:
         return "--chat_template_path with a template that keeps history as it was, or chat_template_kwargs in the rows"
     return "mend the rows" if every else "mend the rows, or leave them out with --on_bad_row drop"
+
+
+def load_texts(args: Any, loaded: Any) -> Dataset | None:
+    """Return the plain texts of `--text_data` as rows of "input_ids", for PPO's pretraining mix; None without any.
+
+    Each text ends in the tokenizer's end token; what is longer than the model's positions is cut there.
+
+    Raises:
+        InputError: the rows are no plain texts.
+    """
+    if not args.train.text_data:
+        return None
+    mine = copy(args)
+    mine.data = replace(args.data, data=[args.train.text_data], eval_data=None, test_size=0, streaming=False)
+    rows = load_splits(mine, "sft").train
+    if "text" not in rows.column_names:
+        raise InputError(
+            f"no plain text: the columns are {', '.join(rows.column_names)}",
+            where=f"--text_data {args.train.text_data}",
+            why="the pretraining mix is the language model's loss on whole texts",
+            fix='rows with a column "text", or a .txt file',
+        )
+    encoder, end = ChatEncoder(loaded.tokenizer), loaded.tokenizer.eos_token_id
+    limit = loaded.model.config.get_text_config().to_dict().get("max_position_embeddings")
+    ids = [[*encoder.encode_text(text), *([end] if end is not None else [])][:limit] for text in rows["text"]]
+    return Dataset.from_dict({"input_ids": [row for row in ids if len(row) > 1]})

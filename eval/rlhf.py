@@ -4,7 +4,7 @@
     python eval/rlhf.py --output_dir outputs/mine --only ppo grpo
 
 Every step is a command that you could type, and is printed before it runs. The table says: reward (of the reward
-model), right answers, KL from the SFT model, perplexity on a text nobody trained on (the alignment tax), length of the
+model), right answers, KL from the SFT model, perplexity on plain sentences (the alignment tax), length of the
 answers, time and memory. The same with curves is in one page, outputs/rlhf/index.html.
 """
 
@@ -23,7 +23,7 @@ from alignment.config import Parser, install_excepthook, with_underscores
 from alignment.report import curve_series, draw_curves, sparkline, write_text
 from alignment.road import ROOT, clear, read_log, run_command
 
-BASE, ROWS, TEXT = "data/tiny/model", "data/tiny/prompts/test.jsonl", "data/tiny/text/test.jsonl"
+BASE, ROWS, TEXT = "data/tiny/model", "data/tiny/prompts/test.jsonl", "data/tiny/sentences/test.jsonl"
 WAYS = ("ppo", "dpo", "grpo", "best_of_n")
 TITLES = {"sft": "SFT", "ppo": "PPO", "dpo": "DPO", "grpo": "GRPO", "best_of_n": "best of n"}
 CURVES = {
@@ -40,13 +40,17 @@ def steps(folder: str, ways: list[str]) -> dict[str, tuple[str, list[str]]]:
     """Return name -> (what happens, the command after `accelerate launch`)."""
     sft, reward = f"{folder}/sft", f"{folder}/reward"
     start = ["--model_name_or_path", sft]
+    short = ["--max_steps", "80"]  # two thirds of what the recipes do by themselves
     found = {"sft": ("teach the base model to answer", ["recipes/sft.py"])}
     if "ppo" in ways:
         found["reward"] = ("learn what people prefer: a reward model", ["recipes/reward.py", *start])
-        scored = ["--reward_model", reward]
-        found["ppo"] = ("PPO: the answers' own verifier and the reward model", ["recipes/ppo.py", *start, *scored])
+        scored = ["--reward_model", reward, "--reward_weights", "1.0", "0.1"]
+        found["ppo"] = (
+            "PPO: the answers' own verifier and the reward model",
+            ["recipes/ppo.py", *start, *scored, *short],
+        )
     found["dpo"] = ("DPO: the same preferences, no reward model", ["recipes/dpo.py", *start])
-    found["grpo"] = ("GRPO: groups of answers and their verifier", ["recipes/grpo.py", *start])
+    found["grpo"] = ("GRPO: groups of answers and their verifier", ["recipes/grpo.py", *start, *short])
     found["best_of_n"] = ("best of n: keep the best answers, tune on them", ["recipes/best_of_n.py", *start])
     kept = {"sft", "reward", *ways}
     return {
@@ -65,7 +69,7 @@ def measure(folder: Path, names: list[str], limit: int | None) -> dict[str, dict
     from alignment.rewards import verifier
 
     rows = [json.loads(line) for line in (ROOT / ROWS).read_text(encoding="utf-8").splitlines()][:limit]
-    texts = [json.loads(line)["text"] for line in (ROOT / TEXT).read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["sentence"] for line in (ROOT / TEXT).read_text(encoding="utf-8").splitlines()]
     prompts = [row["prompt"] for row in rows]
     judge = RewardModel(folder / "reward") if (folder / "reward").exists() else None
     reference, _ = load_checkpoint(checkpoint(folder, "sft"))
@@ -136,8 +140,8 @@ def write_page(folder: Path, lines: list[list[str]], commands: list[str], second
             pictures.append(page.picture(light, dark, f"{TITLES.get(name, 'reward model')}: {metric} and more"))
     notes = [
         "reward: mean score of the reward model; right: share of answers their own verifier accepts (both greedy).",
-        "KL from SFT: nats per answer, along the model's own samples. perplexity: per token of a harbour log, a text "
-        "that no recipe here trained on; what it rises by is the alignment tax.",
+        "KL from SFT: nats per answer, along the model's own samples. perplexity: per token of 300 plain "
+        "sentences of the kind the base was pretrained on; what it rises by is the alignment tax.",
         "seconds and peak memory of the training command, imports included; PPO's without its reward model's training.",
     ]
     sections = [

@@ -19,7 +19,7 @@ DEFAULTS = dict(
     output_dir="outputs/ppo",
     # How: every weight; a second model is the critic, a third the reference. --peft lora has one backbone for all
     peft="none",
-    learning_rate=2e-4,
+    learning_rate=1e-4,
     critic_learning_rate=1e-3,
     lr_scheduler_type="constant",
     # The pull back towards the reference, and how far an update may go
@@ -30,12 +30,14 @@ DEFAULTS = dict(
     # How answers are sampled
     max_completion_length=24,
     temperature=1.0,
-    # How much: rollouts of 128 answers, seen twice in minibatches of 64: 4 updates each
-    per_device_train_batch_size=64,
+    # How much: rollouts of 256 answers, 8 to each of 32 prompts, seen once in two updates
+    num_generations=8,
+    per_device_train_batch_size=128,
     steps_per_generation=2,
-    num_iterations=2,
-    max_steps=200,
+    num_iterations=1,  # more: fewer answers to sample, and sooner learnt by heart
+    max_steps=120,
     # What is looked at, and what is kept: one answer to each held-out prompt
+    num_generations_eval=1,
     per_device_eval_batch_size=200,
     eval_strategy="steps",
     eval_steps=0.5,
@@ -66,7 +68,7 @@ def main():
     from alignment.online import reward_functions
     from alignment.ppo import PPOConfig, PPOTrainer
     from alignment.run import run
-    from alignment.tokenization import tokenize
+    from alignment.tokenization import load_texts, tokenize
 
     args = parse(PPOConfig, DEFAULTS, also=(RewardArguments,))
     splits = load_splits(args, "prompt", to_prompt)
@@ -78,6 +80,7 @@ def main():
         args=args.train,
         train_dataset=rows.train,
         eval_dataset=rows.test,
+        text_dataset=load_texts(args, loaded),  # of --text_data: what is not to be forgotten (--ptx_coef)
         processing_class=loaded.tokenizer,
         peft_config=loaded.peft_config,
     )

@@ -20,7 +20,7 @@ from alignment.models import load_checkpoint
 
 README = ROOT / "recipes" / "README.md"
 START, END = "<!-- grid: written by tests/test_grid.py -->\n", "<!-- end of grid -->\n"
-ONLINE = ("grpo", "rloo")
+ONLINE = ("grpo", "rloo", "ppo")
 GRID = (*RECIPES, *ONLINE)
 SAMPLING = {"num_generations": 4, "max_completion_length": 8, "rehearsal_prompts": 0}
 IDS = torch.tensor([[5, 6, 7, 8, 40, 41, 42]])

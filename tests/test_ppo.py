@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -13,16 +14,19 @@ from conftest import ROOT
 from datasets import Dataset
 from test_recipes import launch
 from toy_runs import same_weights, say, weights
+from transformers import AutoConfig
 
 from alignment import ppo_math
 from alignment.answers import AnswerTable, statistics
 from alignment.checkpoints import load_adapter, load_base, load_checkpoint, load_tokenizer
+from alignment.config import parse
 from alignment.critic import CRITIC, POLICY, REFERENCE
 from alignment.diagnosis import diagnose
 from alignment.errors import InputError
 from alignment.ppo import EpochSampler, PPOConfig, PPOTrainer
 from alignment.rewards import last_text
 from alignment.sampling import SamplingRules, row_draws, sample
+from alignment.tokenization import load_texts
 
 CLOSE = dict(rtol=1e-6, atol=1e-6)
 LORA = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -650,3 +654,17 @@ def test_recipe_leaves_a_checkpoint_and_goes_on_from_one(tmp_path, flags):
     launch("ppo", *common, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-3")
     after = weights(tmp_path / "out") | weights(tmp_path / "out" / "critic")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_texts_of_the_pretraining_mix_end_in_the_end_token(tmp_path):
+    tokenizer = load_tokenizer(ROOT / "data/tiny/model")
+    model = SimpleNamespace(config=AutoConfig.from_pretrained(ROOT / "data/tiny/model"))
+    loaded = SimpleNamespace(tokenizer=tokenizer, model=model)
+    given = ["--text_data", str(ROOT / "data/tiny/text"), "--ptx_coef", "1", "--output_dir", str(tmp_path / "out")]
+    rows = load_texts(parse(PPOConfig, {}, given), loaded)
+    assert len(rows) == 500 and rows[0]["input_ids"][-1] == tokenizer.eos_token_id
+    assert load_texts(parse(PPOConfig, {}, given[-2:]), loaded) is None
+    given[1] = str(ROOT / "data/tiny/chat")
+    with pytest.raises(InputError, match="no plain text") as caught:
+        load_texts(parse(PPOConfig, {}, given), loaded)
+    assert "--text_data" in str(caught.value)

@@ -42,7 +42,7 @@ def test_files_of_a_run(monkeypatch, tmp_path, flags, capsys):
     monkeypatch.setenv("HF_TOKEN", "")  # put back afterwards
     start(monkeypatch, "sft", *words)
     folder, shown = tmp_path / "out", capsys.readouterr().out
-    assert shown.splitlines()[0].startswith("sft: ") and str(tmp_path / "sft.jsonl") in shown.splitlines()[0]
+    assert shown.splitlines()[0].startswith("sft: ") and "sft.jsonl" in shown.splitlines()[0]
     found = record(folder)
     assert found["status"] == "finished" and found["steps"] == 8
     arguments = found["arguments"]
