@@ -296,8 +296,9 @@ def _copy_adapter(policy: PeftModel, name: str) -> None:
         policy.add_adapter(name, _critic_config(config) if name == CRITIC else copy.deepcopy(config))
     except (ValueError, NotImplementedError) as error:
         raise InputError(
-            f"{config.peft_type.value.lower()} cannot have a second adapter for the critic: {error}",
+            f"PPO does not work with {config.peft_type.value.lower()}",
             where="--peft",
+            why=f"policy and critic share one backbone, each with an adapter of its own: {str(error).rstrip('.')}",
             fix="--peft lora",
         ) from error
     own = dict(policy.named_parameters())

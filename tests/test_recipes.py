@@ -12,7 +12,7 @@ from conftest import ROOT
 
 RECIPES = ("sft", "dpo", "kto", "reward")
 ROWS = {"sft": "chat", "dpo": "preferences", "kto": "feedback", "reward": "preferences", "grpo": "prompts"}
-ROWS["rloo"] = ROWS["grpo"]
+ROWS |= dict.fromkeys(("rloo", "ppo"), ROWS["grpo"])
 SHORT = ("--max_steps", 2, "--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", 1)
 IDS = torch.tensor([[5, 6, 7, 8, 40, 41, 42]])
 
