@@ -2,8 +2,9 @@
 
 With LoRA and its relatives the policy is the base with the adapter "default", the critic the same base with the adapter
 "critic" and a scalar head, the reference the base without an adapter (or with "ref", a frozen copy, when the policy
-starts from a trained one). Adapters are switched for a forward pass, and nothing of the base exists twice. Full
-fine-tuning has a second backbone for the critic and a third for the reference.
+starts from a trained one), and a reward model that is such an adapter on the same base the adapter "reward". Adapters
+are switched for a forward pass, and nothing of the base exists twice. Full fine-tuning has a second backbone for the
+critic and a third for the reference.
 """
 
 import copy
@@ -26,6 +27,7 @@ from alignment.batching import TokenCount, split_rows
 from alignment.checkpoints import adapter_config, load_base
 from alignment.errors import InputError
 from alignment.folders import find_base, is_adapter
+from alignment.shared_scores import REWARD, SharedScores
 
 CRITIC_FILE = Path("critic") / "critic.safetensors"
 POLICY, CRITIC, REFERENCE = "default", "critic", "ref"
@@ -145,6 +147,17 @@ class ActorCritic(nn.Module):
             for layer, (active, disabled) in zip(self.layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = active, disabled
 
+    def share_reward(self, path: str | Path) -> SharedScores | None:
+        """Return a reward model that runs on this backbone; None where that in `path` needs one of its own."""
+        if not self.layers or not is_adapter(path) or not _same_base(self.policy, path):
+            return None
+        head = _adapter_from(self.policy, str(path), REWARD, "--reward_model")
+        for name, parameter in self.policy.named_parameters():
+            if REWARD in name.split("."):
+                parameter.requires_grad_(False)
+        self.adapters = [_names(layer) for layer in self.layers]
+        return SharedScores(self, head.to(self.policy.device).requires_grad_(False))
+
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute layers in the backward pass, each under the adapter it ran with in the forward pass."""
         self.policy.activation_checkpointing_enable(**kwargs)
@@ -255,7 +268,7 @@ def build(
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if critic_model and shared and is_adapter(critic_model):
-        head = _adapter_from(policy, critic_model)
+        head = _adapter_from(policy, critic_model, CRITIC, "--critic_model")
     elif critic_model:
         critic, head = _backbone_from(critic_model, policy)
     elif shared:
@@ -310,24 +323,30 @@ def _copy_adapter(policy: PeftModel, name: str) -> None:
                 own[target].requires_grad_(False)
 
 
-def _adapter_from(policy: PeftModel, path: str) -> nn.Linear:
-    """Add the adapter of a reward model as the critic's, and return its score head."""
+def _same_base(policy: PeftModel, path: str | Path) -> bool:
+    """Say whether an adapter is of the policy's base and method, and so can be switched to."""
     base, own = Path(find_base(path)), Path(policy.get_base_model().name_or_path)
+    return base.resolve() == own.resolve() and adapter_config(path).peft_type == policy.peft_type
+
+
+def _adapter_from(policy: PeftModel, path: str, name: str, flag: str) -> nn.Linear:
+    """Add the adapter of a reward model under a name, and return its score head."""
     config = adapter_config(path)
-    if base.resolve() != own.resolve() or config.peft_type != policy.peft_type:
+    if not _same_base(policy, path):
+        own = policy.get_base_model().name_or_path
         raise InputError(
-            f"the reward model {path} is a {config.peft_type.value.lower()} adapter on {base}",
-            where="--critic_model",
+            f"the reward model {path} is a {config.peft_type.value.lower()} adapter on {find_base(path)}",
+            where=flag,
             why=f"the critic shares the policy's backbone, {own}, and its method, {policy.peft_type.value.lower()}",
             fix="train the reward model with the same --peft on the same base, or give a full reward model",
         )
-    policy.add_adapter(CRITIC, _critic_config(config))
+    policy.add_adapter(name, _critic_config(config))
     weights = peft.load_peft_weights(path, device="cpu")
     scores = {key: weights.pop(key) for key in list(weights) if "score" in key.split(".")}
-    report = peft.set_peft_model_state_dict(policy, weights, adapter_name=CRITIC)
+    report = peft.set_peft_model_state_dict(policy, weights, adapter_name=name)
     if report.unexpected_keys or len(scores) != 1:
         names = ", ".join([*report.unexpected_keys, *scores][:3]) or "no score head"
-        raise InputError(f"the reward model {path} does not fit the policy: {names}", where="--critic_model")
+        raise InputError(f"the reward model {path} does not fit the policy: {names}", where=flag)
     return _head(next(iter(scores.values())))
 
 

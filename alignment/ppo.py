@@ -29,6 +29,7 @@ from alignment.critic import build
 from alignment.diagnosis import diagnose
 from alignment.errors import InputError
 from alignment.ppo_config import PPOConfig
+from alignment.rewarding import RewardModel
 from alignment.rollout import Rollout
 
 __all__ = ["PPOConfig", "PPOTrainer"]
@@ -67,6 +68,11 @@ class PPOTrainer(Rollout):
         # vLLM and the generation settings hold the policy; everything that trains holds policy and critic from here on.
         whole = build(self.model, args.critic_model, isinstance(model, PeftModel), args.kl_coef > 0)
         self.model = self.model_wrapped = whole.to(self.args.device)
+        for reward in self.rewards:
+            shared = isinstance(reward.function, RewardModel) and whole.share_reward(reward.function.path)
+            if shared:
+                reward.function.model = shared
+                self.notes.append(f"the reward model {reward.function.path} runs on the policy's backbone")
         self.text_dataset, self.token_count = text_dataset, whole.count
         self.kl = ppo_math.KLController(args.kl_coef, args.target_kl, args.kl_horizon)
         self.spread = ppo_math.RunningStd()

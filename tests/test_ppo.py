@@ -24,6 +24,7 @@ from alignment.critic import CRITIC, POLICY, REFERENCE
 from alignment.diagnosis import diagnose
 from alignment.errors import InputError
 from alignment.ppo import EpochSampler, PPOConfig, PPOTrainer
+from alignment.rewarding import RewardModel
 from alignment.rewards import last_text
 from alignment.sampling import SamplingRules, row_draws, sample
 from alignment.tokenization import load_texts
@@ -668,3 +669,29 @@ def test_texts_of_the_pretraining_mix_end_in_the_end_token(tmp_path):
     with pytest.raises(InputError, match="no plain text") as caught:
         load_texts(parse(PPOConfig, {}, given), loaded)
     assert "--text_data" in str(caught.value)
+
+
+def test_a_reward_adapter_scores_on_the_policys_backbone(toy, tmp_path):
+    config = peft.LoraConfig(**LORA | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]})
+    judge = peft.get_peft_model(load_base(toy, "sequence")[0], config)
+    with torch.no_grad():
+        for name, parameter in judge.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.2)
+    judge.save_pretrained(tmp_path / "judge")
+    load_tokenizer(toy).save_pretrained(tmp_path / "judge")
+    alone = RewardModel(tmp_path / "judge")
+    given = {"prompts": ["Add seven"] * 3, "completions": [" and", " the quick brown", ""]}
+    wanted = alone(**given)
+    run = trainer(toy, tmp_path, reward=[many_e, RewardModel(tmp_path / "judge")], adapter=True, max_steps=4)
+    assert "reward" in run.model.policy.peft_config and "backbone" in run.notes[-1]
+    shared = run.rewards[1].function
+    assert shared.model is not alone.model and shared(**given) == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+    before = {name: value.clone() for name, value in run.model.policy.state_dict().items()}
+    run.train()
+    assert shared(**given) == pytest.approx(wanted, rel=1e-5, abs=1e-6)  # the policy moved, its judge did not
+    after = run.model.policy.state_dict()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())
+    run.save_model(tmp_path / "out")
+    saved = peft.load_peft_weights(tmp_path / "out")
+    assert saved and not [name for name in saved if "reward" in name or "critic" in name]
