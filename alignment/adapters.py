@@ -28,6 +28,7 @@ from alignment.methods import (
     family,
     lora_flags,
     method,
+    method_of,
     name_of,
     resolve,
 )
@@ -249,7 +250,7 @@ def apply_defaults(args: Arguments, name: str, model: PreTrainedModel) -> list[s
     )
     if other and not explicit(args, "learning_rate"):
         width = model.config.get_text_config().hidden_size
-        args.train.learning_rate = default_learning_rate(name, width, args.recipe)
+        args.train.learning_rate = default_learning_rate(name, width, method_of(args.train))
         args.sources["learning_rate"] = f"adapter {name}"
         notes.append(f"learning rate {args.train.learning_rate:g}: a first value for {name} at width {width}")
     return notes

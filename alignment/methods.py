@@ -186,6 +186,11 @@ def family(name: str) -> str:
     return method(name).peft_type
 
 
+def method_of(train: Any) -> str:
+    """Return "sft", "dpo", "grpo", … for a trainer's configuration, whatever the script is called."""
+    return type(train).__name__.removesuffix("Config").lower()
+
+
 def default_learning_rate(name: str, hidden_size: int, recipe: str = "sft") -> float:
     """Return a learning rate to start from.
 

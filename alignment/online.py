@@ -58,6 +58,7 @@ class Online(Guard):
     """
 
     notes: list[str]
+    compares = True  # answers of one group with each other: a group of equal rewards teaches nothing
     _completions_at: int  # where TRL's `_generate` returns the texts
     _with_scores: bool  # whether its `_generate_single_turn` returns log-probabilities beside the ids
 

@@ -53,6 +53,8 @@ class PPOTrainer(Rollout):
         InputError: fewer prompts than one rollout needs; settings or a critic that do not fit.
     """
 
+    compares = False  # an answer with the critic's forecast, not with others
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,

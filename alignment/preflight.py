@@ -156,6 +156,8 @@ def _lengths(rows: Tokenized, args: Any, loaded: Any) -> list[Finding]:
         share = (cut + dropped) / sum(map(len, rows.lengths.values()))
         wanted = 1 << (p99 - 1).bit_length()
         fix = f"--max_length {wanted} keeps 99 %" if limit < p99 and wanted <= positions else ""
+        if limit < p99 and wanted > positions > limit:
+            fix = f"--max_length {positions}, all this model knows, keeps {np.mean(sizes <= positions):.0%}"
         text = f"rows longer than max_length ({share:.1%}): {done}"
         found.append(Finding("warning" if share > 0.01 else "fact", text, fix))
     return found

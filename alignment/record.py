@@ -226,9 +226,9 @@ def conclude(console: Console, record: dict[str, Any], rows: Tokenized, folder: 
     if rows.form != "reward":
         embedded = all(str(name).startswith("data/tiny") for name in record["arguments"]["data"]["value"])
         console.print(
-            f"To measure it: accelerate launch eval/generate.py --model {folder} "
-            f"--data {'data/tiny/prompts' if embedded else 'held_out.jsonl'} --output {folder}/generate.json"
-            + ("" if embedded else "  (rows with the columns prompt and answer)"),
+            ("To measure it: " if embedded else "To measure it, on rows of yours with the columns prompt and answer: ")
+            + f"accelerate launch eval/generate.py --model {folder} "
+            + f"--data {'data/tiny/prompts' if embedded else 'YOUR_ROWS.jsonl'} --output {folder}/generate.json",
             soft_wrap=True,
         )
 

@@ -157,19 +157,19 @@ def _judge(found: Rehearsal, trainer: Any, rows: list[dict], sample: Any) -> Non
     for place in range(0, len(rows), trainer.num_generations)[:SHOWN]:
         texts = last_text(rows[place]["prompt"]), last_text(sample.completions[place])
         found.examples.append((*texts, float(total.values.flat[place])))
-    found.findings += [*_about_rewards(total, silent), *_about_length(found, total, trainer.args)]
+    found.findings += [*_about_rewards(total, silent, trainer.compares), *_about_length(found, total, trainer.args)]
 
 
-def _about_rewards(total: Trial, silent: np.ndarray) -> list[Finding]:
-    """Say what share of the groups can teach something."""
+def _about_rewards(total: Trial, silent: np.ndarray, compares: bool = True) -> list[Finding]:
+    """Say what share of the groups can teach something; `compares`: answers are compared within their group."""
     groups, found = len(total.groups), []
     if silent.any():
         text = f"no reward applies to {silent.mean():.0%} of the answers (all returned None)"
         found.append(Finding("warning", text, "a reward for every kind of row"))
     text = f"rehearsal: mean reward {total.values.mean():.3f}, {total.flat:.0%} of {groups} groups without a difference"
-    if total.flat <= 0.6:
-        return [*found, Finding("fact", text)]
     best = total.values.max() - total.values.min() < FLAT
+    if total.flat <= 0.6 or not (compares or best):
+        return [*found, Finding("fact", text)]
     fix = "start from a model that is right now and then (recipes/sft.py), easier prompts, more --num_generations, a "
     fix += "higher --temperature, or a reward with shades"
     why = ": every answer has the same reward, and nothing would be learnt" if best else ": these teach nothing"

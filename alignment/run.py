@@ -171,7 +171,7 @@ def train(trainer: Any, folder: Path, checkpoint: str | None, rows: Tokenized, r
     rows.ledger.check()
     known = {"status": "finished", "steps": trainer.state.global_step, "training_seconds": round(seconds, 1)}
     known |= {"status": "interrupted", "signal": stop.name} if stop.stopped else {}
-    if "flat_groups" in vars(trainer):
+    if "flat_groups" in vars(trainer) and trainer.compares:
         known["groups"], known["groups_without_difference"] = trainer.groups, trainer.flat_groups
     return known | {"ledger": rows.ledger.to_dict(), "metrics": final_metrics(trainer.state.log_history)}
 
