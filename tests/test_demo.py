@@ -1,5 +1,6 @@
-"""`make demo` in small: every step, the page, and the folder it is allowed to clear."""
+"""`make demo` and `make rlhf` in small: every step, the page, and the folder they are allowed to clear."""
 
+import json
 import os
 import re
 import subprocess
@@ -11,9 +12,9 @@ from conftest import ROOT
 from alignment.report import read_result
 
 
-def demo(*words, timeout=400):
+def demo(*words, timeout=400, script="demo"):
     return subprocess.run(
-        [sys.executable, "eval/demo.py", *map(str, words)],
+        [sys.executable, f"eval/{script}.py", *map(str, words)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -52,3 +53,17 @@ def test_the_demo_ends_with_a_page_and_three_lines_and_can_be_repeated(tmp_path)
         "your own rows",
         "your own GPU",
     ]
+
+
+@pytest.mark.slow
+def test_the_road_compares_what_it_trained_from_one_start(tmp_path):
+    folder = tmp_path / "rlhf"
+    done = demo("--output_dir", folder, "--only", "dpo", "grpo", "--max_steps", 2, "--limit", 8, script="rlhf")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((folder / "results.json").read_text())
+    assert list(found) == ["sft", "dpo", "grpo"]
+    assert found["sft"]["kl"] == pytest.approx(0, abs=1e-5) and found["dpo"]["kl"] > 0
+    assert all(row["perplexity"] > 1 and 0 <= row["right"] <= 1 for row in found.values())
+    text = (folder / "index.html").read_text()
+    assert "KL from SFT" in text and text.count("data:image/png") == 6
+    assert "--model_name_or_path" in text and max(map(len, done.stdout.splitlines()[-12:])) <= 120
