@@ -18,6 +18,7 @@ def make_parser(description: str, data: str) -> Parser:
     add("--data", default=data, help=f"a file, a folder (its test split), a hub id or a data/*.yaml [{data}]")
     add("--output", help="result file (.json), or a folder when there are several models [outputs/eval]")
     add("--overwrite", action="store_true", help="replace result files that exist")
+    add("--resume", action="store_true", help="go on with an interrupted evaluation: finished rows stay as they are")
     add("--limit", type=int, help="this many rows, drawn at random but the same for every model")
     add("--batch_size", type=int, default=64, help="rows at a time and process; changes the speed only [64]")
     add("--dtype", default="auto", help="float32, bfloat16, float16; auto: bfloat16 on a GPU, else float32")
@@ -50,7 +51,7 @@ def read_arguments(parser: Parser, argv: list[str] | None = None) -> Namespace:
     if args.dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {args.dtype}", fix="auto, float32, bfloat16 or float16")
     args.models = name_models(args.model)
-    args.files = name_files(args.models, args.output, args.overwrite)
+    args.files = name_files(args.models, args.output, args.overwrite or args.resume)
     return args
 
 
@@ -91,28 +92,37 @@ def choose_rows(rows: list, limit: int | None) -> list:
     return [rows[i] for i in sorted(chosen)]
 
 
-def load(path: str, args: Namespace) -> tuple:
-    """Return (model on this process's device, tokenizer, name of its dtype)."""
+def load(path: str, args: Namespace, head: str = "causal") -> tuple:
+    """Return (model on this process's device, tokenizer)."""
     from transformers.utils.logging import disable_progress_bar
 
     from alignment.generation import process_state
     from alignment.models import load_checkpoint
 
     disable_progress_bar()
-    device = process_state(args.use_cpu).device
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     model, tokenizer = load_checkpoint(
-        path, dtype, load_in_4bit=args.load_in_4bit, trust_remote_code=args.trust_remote_code
+        path, dtype_of(args), head, load_in_4bit=args.load_in_4bit, trust_remote_code=args.trust_remote_code
     )
-    return model if args.load_in_4bit else model.to(device), tokenizer, dtype
+    return model if args.load_in_4bit else model.to(process_state(args.use_cpu).device), tokenizer
+
+
+def dtype_of(args: Namespace) -> str:
+    """Return the type weights are held in: what --dtype says, or what suits the device."""
+    from alignment.generation import process_state
+
+    if args.dtype != "auto":
+        return args.dtype
+    return "bfloat16" if process_state(args.use_cpu).device.type == "cuda" else "float32"
 
 
 def keep(name: str, result: Result, args: Namespace) -> None:
-    """Write the result of one model, on the main process."""
+    """Write the result of one model, on the main process, and drop the journal of its rows."""
     from alignment.generation import process_state
+    from alignment.journal import drop_parts
 
     if process_state().is_main_process:
         write_result(result, args.files[name])
+        drop_parts(args.files[name])
 
 
 def show_all(results: Mapping[str, Result], args: Namespace) -> None:

@@ -1,6 +1,6 @@
 """Answers of a model to prompts: batched, the same for every batch size, shared over all processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -97,6 +97,8 @@ def generate_answers(
     *,
     batch_size: int = 32,
     label: str = "answers",
+    made: Callable[[dict[int, Answer]], None] | None = None,
+    streams: Sequence[int] | None = None,
 ) -> list[Answer]:
     """Return the model's answer to each prompt, in their order, on every process.
 
@@ -110,6 +112,8 @@ def generate_answers(
         decoding: how tokens are chosen.
         batch_size: prompts per batch and process.
         label: what the progress bar says.
+        made: is given each batch of this process as soon as it is there: prompt number -> answer.
+        streams: the random stream each prompt is sampled from; its number where not given.
 
     Raises:
         InputError: no room for prompt and answer in the model's positions, or a prompt of no tokens.
@@ -117,22 +121,25 @@ def generate_answers(
     encoder = ChatEncoder(tokenizer, model.generation_config)
     ids = [encoder.encode_text(p) if isinstance(p, str) else encoder.encode_prompt(p) for p in prompts]
     check_room(ids, model, decoding.max_new_tokens)
-    state = process_state()
+    state, streams = process_state(), streams or range(len(ids))
     order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
     mine = order[state.process_index :: state.num_processes]
     found: list[tuple[int, Answer]] = []
     bar = tqdm(total=len(mine), desc=label, unit="row", disable=None if state.is_main_process else True)
     with bar, torch.inference_mode(), only_config(model, decoding, tokenizer, encoder.stops):
-        made = 0
+        tokens = 0
         for rows in batches(mine, ids, batch_size, equal=has_virtual_tokens(model)):
-            new = generate_batch(model, tokenizer.pad_token_id, [ids[i] for i in rows], rows, decoding)
-            answers = [
-                read_answer(tokenizer, tokens, encoder.stops, len(ids[i])) for tokens, i in zip(new, rows, strict=True)
-            ]
-            found += zip(rows, answers, strict=True)
-            made += sum(answer.tokens for answer in answers)
+            drawn = [streams[i] for i in rows]
+            new = generate_batch(model, tokenizer.pad_token_id, [ids[i] for i in rows], drawn, decoding)
+            answers = {
+                i: read_answer(tokenizer, out, encoder.stops, len(ids[i])) for out, i in zip(new, rows, strict=True)
+            }
+            found += answers.items()
+            if made is not None:
+                made(answers)
+            tokens += sum(answer.tokens for answer in answers.values())
             bar.update(len(rows))
-            bar.set_postfix_str(f"{made / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
     everyone = dict(gather_object(found))
     return [everyone[i] for i in range(len(ids))]
 
@@ -217,17 +224,17 @@ def generate_batch(
     model: PreTrainedModel | PeftModel,
     pad: int,
     ids: list[list[int]],
-    rows: list[int],
+    streams: list[int],
     decoding: Decoding,
 ) -> list[list[int]]:
-    """Return the new token ids of each prompt, padding included."""
+    """Return the new token ids of each prompt, padding included; `streams` are the rows' random streams."""
     width = max(map(len, ids))
     device = model.device
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
     processors = LogitsProcessorList()
     if decoding.temperature > 0:
-        processors.append(SampleByRow(rows, decoding, device))
+        processors.append(SampleByRow(streams, decoding, device))
     out = model.generate(input_ids=tokens, attention_mask=mask, logits_processor=processors)
     return out[:, width:].tolist()
 
@@ -244,11 +251,11 @@ class SampleByRow(LogitsProcessor):
     """Draws each row's next token from the row's own random stream, and leaves only that token possible.
 
     `generate` draws for the whole batch from one generator, so an answer would depend on its neighbours. Here
-    row i uses the stream (seed, i): one uniform number per token, looked up in the cumulated probabilities.
+    each row has a stream (seed, number): one uniform number per token, looked up in the cumulated probabilities.
     """
 
-    def __init__(self, rows: list[int], decoding: Decoding, device: torch.device):
-        draws = [np.random.default_rng((decoding.seed, row)).random(decoding.max_new_tokens) for row in rows]
+    def __init__(self, streams: list[int], decoding: Decoding, device: torch.device):
+        draws = [np.random.default_rng((decoding.seed, row)).random(decoding.max_new_tokens) for row in streams]
         self.precision = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no double
         self.draws = torch.tensor(np.array(draws), dtype=self.precision, device=device)  # (rows, new tokens)
         self.step = 0

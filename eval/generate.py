@@ -12,7 +12,7 @@ import time
 from argparse import Namespace
 
 from alignment.errors import InputError
-from alignment.evaluation import choose_rows, keep, load, make_parser, read_arguments, show_all
+from alignment.evaluation import choose_rows, dtype_of, keep, load, make_parser, read_arguments, show_all
 from alignment.report import Result, mean_metric, package_versions, run_id, text_hash
 from alignment.rewards import exact, verifier
 
@@ -66,29 +66,48 @@ def read_rows(args: Namespace) -> list[dict]:
 def evaluate(name: str, rows: list[dict], args: Namespace) -> Result:
     """Load one model, let it answer, and return its result, on every process alike."""
     from alignment.generation import generate_answers
+    from alignment.journal import Journal
 
-    model, tokenizer, dtype = load(args.models[name], args)
     started = time.perf_counter()
-    prompts = [ask(row["prompt"], args) for row in rows]
-    answers = generate_answers(model, tokenizer, prompts, args.decoding, batch_size=args.batch_size, label=name)
-    scored = []
-    for row, answer in zip(rows, answers, strict=True):
-        made = {"stopped": answer.stopped, "tokens": answer.tokens, "text": answer.text}
-        last = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        scored.append({"id": row["id"], **score(answer.text, row), **made, **row, "prompt": last})
-    return Result(
+    result = Result(
         task=TASK,
         version=VERSION,
         data=args.data,
         model=args.models[name],
         run=run_id(args.models[name]),
         prompt_hash=text_hash({"system": args.system, "chat": args.chat}),
-        settings=vars(args.decoding) | {"dtype": dtype, "load_in_4bit": args.load_in_4bit},
-        rows=scored,
-        metrics=summarise(scored),
+        settings=vars(args.decoding) | {"dtype": dtype_of(args), "load_in_4bit": args.load_in_4bit},
+        rows=[],
+        metrics={},
         versions=package_versions("torch", "transformers", "peft", "accelerate"),
-        seconds=round(time.perf_counter() - started, 2),
     )
+
+    with Journal(result, [row["id"] for row in rows], args.files[name], args.resume) as journal:
+        todo = journal.todo(rows)
+
+        def book(answers) -> None:
+            journal.add(finished(todo[number], answer) for number, answer in answers.items())
+
+        if todo:
+            model, tokenizer = load(args.models[name], args)
+            started = time.perf_counter()
+            prompts = [ask(row["prompt"], args) for row in todo]
+            streams = [number for number, row in enumerate(rows) if row["id"] not in journal.done]
+            generate_answers(
+                model, tokenizer, prompts, args.decoding, batch_size=args.batch_size, label=name, made=book,
+                streams=streams,
+            )  # fmt: skip
+        result.rows = journal.rows()
+    result.metrics = summarise(result.rows)
+    result.seconds = round(time.perf_counter() - started, 2)
+    return result
+
+
+def finished(row: dict, answer) -> dict:
+    """Return the row of the result file."""
+    last = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+    made = {"stopped": answer.stopped, "tokens": answer.tokens, "text": answer.text}
+    return {"id": row["id"], **score(answer.text, row), **made, **row, "prompt": last}
 
 
 def summarise(rows: list[dict]) -> dict[str, dict]:

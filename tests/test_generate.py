@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from alignment.errors import InputError
 from alignment.generation import Decoding, SampleByRow, generate_answers
+from alignment.journal import Journal
 from alignment.models import load_checkpoint
 from alignment.report import read_result
 
@@ -338,3 +339,35 @@ def test_a_result_file_is_not_overwritten_by_accident(monkeypatch, tmp_path):
     path.write_text("{}")
     with pytest.raises(InputError, match="exists"):
         call_main(monkeypatch, "--model", "x", "--output", path)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(monkeypatch, toy, rows_file, tmp_path):
+    words = ["--model", toy, "--data", rows_file, "--max_new_tokens", 8, "--temperature", 1, "--batch_size", 4]
+    call_main(monkeypatch, *words, "--output", tmp_path / "whole.json")
+    path, add, batches = tmp_path / "r.json", Journal.add, []
+
+    def interrupted(self, rows):
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        rows = list(rows)
+        batches.append([row["id"] for row in rows])
+        add(self, rows)
+
+    monkeypatch.setattr(Journal, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call_main(monkeypatch, *words, "--output", path)
+    (part,) = tmp_path.glob(".r.json.part*")
+    part.write_text(part.read_text() + '{"id": "cut')
+    first = [*batches]
+    batches[:] = [None] * 100
+    with pytest.raises(InputError, match="settings differ|key is another"):
+        call_main(monkeypatch, *words, "--output", path, "--seed", 1, "--resume")
+    batches.clear()
+    monkeypatch.setattr(Journal, "add", lambda self, rows: (batches.append(rows := list(rows)), add(self, rows)))
+    call_main(monkeypatch, *words, "--output", path, "--resume")
+    made = {row["id"] for batch in batches for row in batch}
+    assert len(first) == 3 and not made & {name for batch in first for name in batch}, "finished rows are not redone"
+    assert read_result(path).rows == read_result(tmp_path / "whole.json").rows
+    assert not list(tmp_path.glob(".r.json.part*"))
+    call_main(monkeypatch, *words, "--output", path, "--resume")
+    assert {row["id"] for batch in batches for row in batch} == made, "nothing is left to do"
