@@ -115,12 +115,17 @@ def dtype_of(args: Namespace) -> str:
     return "bfloat16" if process_state(args.use_cpu).device.type == "cuda" else "float32"
 
 
-def keep(name: str, result: Result, args: Namespace) -> None:
-    """Write the result of one model, on the main process, and drop the journal of its rows."""
+def keep(name: str, result: Result, args: Namespace, texts: Mapping[str, str] | None = None) -> None:
+    """Write the result of one model, on the main process, and drop the journal of its rows.
+
+    `texts`, id -> what the row asks, is looked for in the rows that the model was trained on.
+    """
+    from alignment.contamination import check
     from alignment.generation import process_state
     from alignment.journal import drop_parts
 
     if process_state().is_main_process:
+        result.contamination = check(result.model, texts) if texts else None
         write_result(result, args.files[name])
         drop_parts(args.files[name])
 
@@ -129,6 +134,7 @@ def show_all(results: Mapping[str, Result], args: Namespace) -> None:
     """Print the table of all models, where their files are, and what to do next, on the main process."""
     from rich.console import Console
 
+    from alignment.contamination import sentence
     from alignment.generation import process_state
 
     if not process_state().is_main_process:
@@ -137,6 +143,9 @@ def show_all(results: Mapping[str, Result], args: Namespace) -> None:
     rows = len(next(iter(results.values())).rows)
     console.print(f"[bold]{args.data}, {rows:,} rows[/bold]: mean ± its standard error, shares in per cent")
     console.print(results_table(results))
+    for name, result in results.items():
+        if result.run or result.contamination:
+            console.print(f"{name}: {sentence(result.contamination)}", style="dim", soft_wrap=True)
     for file in args.files.values():
         console.print(f"written: {file}", soft_wrap=True)
     if len(results) > 1:

@@ -43,6 +43,7 @@ class Result:
         metrics: name -> {"value", "stderr", "n", "unit"}; stderr is None for one row; unit "share" or a word.
         versions: of the packages that made it.
         seconds: wall time of the measurement without loading.
+        contamination: what `alignment.contamination.check` found, None when it could not look.
     """
 
     task: str
@@ -56,6 +57,7 @@ class Result:
     metrics: dict[str, dict[str, Any]]
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    contamination: dict[str, Any] | None = None
 
 
 def mean_metric(values: Sequence[float], unit: str = "share") -> dict[str, Any]:
@@ -162,7 +164,8 @@ def read_result(path: str | Path) -> Result:
             )
     _check_rows(content["rows"], path)
     _check_metrics(content["metrics"], path)
-    return Result(run=content.get("run"), **{name: content[name] for name in TYPES})
+    optional = {name: content.get(name) for name in ("run", "contamination")}
+    return Result(**optional, **{name: content[name] for name in TYPES})
 
 
 def _check_rows(rows: list, path: Path) -> None:

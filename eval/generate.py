@@ -138,6 +138,7 @@ def main() -> None:
     add("--num_beams", type=int, default=1, help="above 1: beam search [1]")
     add("--seed", type=int, default=0, help="of the sampling [0]")
     args = read_arguments(parser)
+    from alignment.contamination import question_of
     from alignment.generation import Decoding
 
     args.decoding = Decoding(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.num_beams, args.seed)
@@ -145,7 +146,7 @@ def main() -> None:
     results = {}
     for name in args.models:
         results[name] = evaluate(name, rows, args)
-        keep(name, results[name], args)
+        keep(name, results[name], args, {row["id"]: question_of(row) for row in rows})
     show_all(results, args)
 
 
