@@ -191,7 +191,7 @@ def verdict(difference: Difference) -> str:
 def sentence(difference: Difference, first: str = "A", second: str = "B") -> str:
     """Say in plain words what the comparison shows, and what it could not have shown."""
     d, word = difference, verdict(difference)
-    scale = 100 if max(abs(x) for x in (d.first, d.second, d.low, d.high)) <= 1 else 1
+    scale = 100 if 0 <= min(d.first, d.second) <= max(d.first, d.second) <= 1 else 1
     unit = "points" if scale == 100 else "units"
     visible = f"a true difference smaller than about {d.visible * scale:.1f} {unit} would mostly go unseen"
     if word == "the same":

@@ -3,8 +3,10 @@
     python eval/compare.py outputs/eval/base.json outputs/eval/sft.json
     python eval/compare.py outputs/eval/base.json outputs/eval/sft.json outputs/eval/dpo.json --by task
     python eval/compare.py a.json b.json --column stopped --show 10 --output outputs/compare.json
+    python eval/compare.py outputs/eval/*/base.json outputs/eval/*/sft.json --target prompts
 
-Reads result files of any script in eval/. eval/README.md says how the numbers are made.
+Reads result files of any script in eval/. Files of several tasks give a table with a line per task: what was trained
+for (--target), and under it what was not, where a model may have forgotten. eval/README.md says how the numbers are made.
 """
 
 import itertools
@@ -40,6 +42,7 @@ def read_arguments(argv: list[str]) -> Namespace:
         help="every pair, or each file with the first [all]",
     )
     add("--by", default="", help="also compare within each value of this column, such as task or source")
+    add("--target", nargs="+", default=[], help="with several tasks: those that were trained for, shown apart")
     add("--common", action="store_true", help="compare the rows that both files hold, when they differ")
     add("--other_prompts", action="store_true", help="compare although the wording around the rows differs")
     add("--show", type=int, default=3, help="changed rows to show in each direction [3]")
@@ -49,18 +52,61 @@ def read_arguments(argv: list[str]) -> Namespace:
     return parser.parse_args([with_underscores(word) for word in argv])
 
 
-def read_all(paths: list[str]) -> dict[str, Result]:
-    """Return name -> result; a file is called by its name, or by folder and name where that is not unique."""
+def read_all(paths: list[str]) -> dict[str, dict[str, Result]]:
+    """Return task -> model -> result; the same checkpoint has the same name in every task."""
     if len(paths) < 2:
         raise InputError("one result file has nothing to be compared with", fix="give two or more")
-    results: dict[str, Result] = {}
+    found = {path: read_result(path) for path in paths}
+    if len(found) < len(paths):
+        raise InputError(f"{max(paths, key=paths.count)} is given twice")
+    kinds = kinds_of(found)
+    many = len(set(kinds.values())) > 1
+    names = name_models(found) if many else name_files(paths)
+    tasks: dict[str, dict[str, Result]] = {}
+    for path, result in found.items():
+        task = name_task(kinds[path], set(kinds.values()))
+        if names[path] in tasks.setdefault(task, {}):
+            raise InputError(f"two results of {names[path]} in {task}", where=path, fix="leave one of them out")
+        tasks[task][names[path]] = result
+    return tasks
+
+
+def kinds_of(found: dict[str, Result]) -> dict[str, tuple[str, str]]:
+    """Return path -> (task, data): files of one task that share a row have the same."""
+    kinds: dict[str, tuple[str, str]] = {}
+    for path, result in found.items():
+        ids = {row["id"] for row in result.rows}
+        same = (p for p in kinds if found[p].task == result.task and any(row["id"] in ids for row in found[p].rows))
+        first = next(same, None)
+        kinds[path] = kinds[first] if first else (result.task, result.data)
+    return kinds
+
+
+def name_files(paths: list[str]) -> dict[str, str]:
+    """Return path -> the file's name, or folder and name where that is not unique."""
     stems = [Path(path).stem for path in paths]
-    for path, stem in zip(paths, stems, strict=True):
-        name = stem if stems.count(stem) == 1 else f"{Path(path).parent.name}/{stem}"
-        if name in results:
-            raise InputError(f"{path} is given twice")
-        results[name] = read_result(path)
-    return results
+    return {
+        path: stem if stems.count(stem) == 1 else f"{Path(path).parent.name}/{stem}"
+        for path, stem in zip(paths, stems, strict=True)
+    }
+
+
+def name_models(found: dict[str, Result]) -> dict[str, str]:
+    """Return path -> name of the model: what all files of a checkpoint are called, or the folder they are in."""
+    names = {}
+    for path, result in found.items():
+        mine = [Path(p) for p, r in found.items() if (r.model, r.run) == (result.model, result.run)]
+        stems, folders = {p.stem for p in mine}, {p.parent.name for p in mine}
+        names[path] = (
+            stems.pop() if len(stems) == 1 else folders.pop() if len(folders) == 1 else Path(result.model).name
+        )
+    return names
+
+
+def name_task(kind: tuple[str, str], kinds: set[tuple[str, str]]) -> str:
+    """Return the task, or the name of its rows where several files have the same task."""
+    alone = [other for other in kinds if other[0] == kind[0]]
+    return kind[0] if len(alone) == 1 else Path(kind[1]).stem
 
 
 def check_comparable(first: Result, second: Result, names: tuple[str, str], other_prompts: bool) -> list[str]:
@@ -104,7 +150,7 @@ def compare(pairs: list[tuple[dict, dict]], args: Namespace, where: str) -> Diff
     return paired(column(list(first), args.column, where), column(list(second), args.column, where), seed=args.seed)
 
 
-def table_of(differences: dict[tuple[str, ...], Difference], heads: list[str]) -> Table:
+def table_of(differences: dict[tuple[str, ...], Difference], heads: list[str], corrected_p: bool = False) -> Table:
     """Return one line per comparison, in points (of 100) where scores are shares."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
@@ -112,10 +158,9 @@ def table_of(differences: dict[tuple[str, ...], Difference], heads: list[str]) -
     for head in ("rows", "first", "second", "difference [95 %]", "p", "rose/fell"):
         table.add_column(head, justify="right", no_wrap=head != "rows")
     table.add_column("second is", no_wrap=True)
-    many = len(differences) > 1
+    many = len(differences) > 1 or corrected_p
     for names, d in differences.items():
-        scale = 100 if max(abs(d.first), abs(d.second)) <= 1 else 1
-        word = verdict(d)
+        scale, word = scale_of(d), verdict(d)
         table.add_row(
             *map(escape, names),
             f"{d.rows:,}",
@@ -127,6 +172,11 @@ def table_of(differences: dict[tuple[str, ...], Difference], heads: list[str]) -
             f"[{COLOURS.get(word, 'default')}]{'not shown' if word == 'no difference shown' else word}",
         )
     return table
+
+
+def scale_of(difference: Difference) -> int:
+    """Return 100 where the scores are shares, to show them in per cent, else 1."""
+    return 100 if 0 <= min(difference.first, difference.second) <= max(difference.first, difference.second) <= 1 else 1
 
 
 def show_changed(console: Console, pairs: list, names: tuple[str, str], args: Namespace) -> None:
@@ -150,16 +200,43 @@ def main() -> None:
     install_excepthook()
     args = read_arguments(sys.argv[1:])
     output = check_free(args.output, overwrite=args.overwrite) if args.output else None
-    results = read_all(args.files)
+    tasks = read_all(args.files)
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    if len(tasks) == 1:
+        (results,) = tasks.values()
+        comparisons = one_task(results, args, console)
+    else:
+        comparisons = many_tasks(tasks, args, console)
+    if output:
+        content = {"schema": 1, "column": args.column, "files": args.files, "comparisons": comparisons}
+        write_text(output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        console.print(f"\nwritten: {output}")
+
+
+def choose_pairs(names: list[str], args: Namespace) -> list[tuple[str, str]]:
+    """Return the pairs of models to compare."""
+    return list(itertools.combinations(names, 2)) if args.pairs == "all" else [(names[0], n) for n in names[1:]]
+
+
+def joined_rows(results: dict[str, Result], pair: tuple[str, str], args: Namespace, console: Console) -> list:
+    """Return the rows of two models side by side; print what else they differ in."""
+    first, second = (results[name] for name in pair)
+    notes = check_comparable(first, second, pair, args.other_prompts)
+    for name in pair:
+        found = results[name].contamination
+        if found and found["found"]:
+            notes.append(f"{name} was trained on {found['found']:,} of these {found['rows']:,} rows")
+    for note in notes:
+        console.print(f"note: {note}", style="yellow", markup=False)
+    return join(first.rows, second.rows, names=pair, common=args.common)
+
+
+def one_task(results: dict[str, Result], args: Namespace, console: Console) -> list[dict]:
+    """Compare the models of one task, print it, and return it for a file."""
     names = list(results)
-    chosen = list(itertools.combinations(names, 2)) if args.pairs == "all" else [(names[0], n) for n in names[1:]]
-    joined = {}
-    for pair in chosen:
-        first, second = (results[name] for name in pair)
-        for note in check_comparable(first, second, pair, args.other_prompts):
-            console.print(f"note: {note}", style="yellow")
-        joined[pair] = join(first.rows, second.rows, names=pair, common=args.common)
+    if args.target:
+        raise InputError("--target is for files of several tasks", where="--target", fix="leave it out")
+    joined = {pair: joined_rows(results, pair, args, console) for pair in choose_pairs(names, args)}
     found = {pair: compare(rows, args, " and ".join(pair)) for pair, rows in joined.items()}
     found = dict(zip(found, corrected(list(found.values())), strict=True))
     console.print(f"[bold]{args.column}[/bold] of {', '.join(names)}")
@@ -172,10 +249,68 @@ def main() -> None:
     for pair, rows in joined.items():
         if args.by:
             show_groups(console, rows, pair, args)
-    show_changed(console, joined[chosen[-1]], chosen[-1], args)
-    if output:
-        write_text(output, json.dumps(as_json(found, joined, args), indent=1, ensure_ascii=False) + "\n")
-        console.print(f"\nwritten: {output}")
+    last = list(joined)[-1]
+    show_changed(console, joined[last], last, args)
+    return [as_json(pair, difference, joined[pair], args) for pair, difference in found.items()]
+
+
+def many_tasks(tasks: dict[str, dict[str, Result]], args: Namespace, console: Console) -> list[dict]:
+    """Compare pairs of models over all tasks that hold both: the targets first, then the forgetting panel."""
+    for name in args.target:
+        if name not in tasks:
+            near = nearest(name, list(tasks))
+            fix = f"did you mean {near}?" if near else f"one of {', '.join(tasks)}"
+            raise InputError(f"there is no task {name!r}", where="--target", fix=fix)
+    if args.by:
+        raise InputError("--by looks into one task", where="--by", fix="give the files of one task")
+    names = list(dict.fromkeys(name for results in tasks.values() for name in results))
+    order = [*args.target, *(task for task in tasks if task not in args.target)]
+    joined = {
+        (*pair, task): joined_rows(tasks[task], pair, args, console)
+        for pair in choose_pairs(names, args)
+        for task in order
+        if set(pair) <= tasks[task].keys()
+    }
+    if not joined:
+        raise InputError(
+            "no task has results of two models",
+            where=", ".join(args.files),
+            fix="evaluate both models on the same rows",
+        )
+    found = {key: compare(rows, args, " and ".join(key)) for key, rows in joined.items()}
+    found = dict(zip(found, corrected(list(found.values())), strict=True))
+    for pair in dict.fromkeys(key[:2] for key in found):
+        console.print(f"[bold]{pair[0]}[/bold] and [bold]{pair[1]}[/bold], {args.column}")
+        mine = {key[2]: difference for key, difference in found.items() if key[:2] == pair}
+        for title, chosen in panels(mine, args.target):
+            console.print(table_of({(task,): mine[task] for task in chosen}, [title], corrected_p=len(found) > 1))
+        console.print(forgotten(pair, {task: d for task, d in mine.items() if task not in args.target}))
+    console.print(f"p-values hold for all {len(found)} comparisons together (Holm).")
+    return [{"task": key[2]} | as_json(key[:2], difference, joined[key], args) for key, difference in found.items()]
+
+
+def panels(found: dict[str, Difference], targets: list[str]) -> list[tuple[str, list[str]]]:
+    """Return (title, tasks) of the tables: one, or the targets and the rest."""
+    if not targets:
+        return [("task", list(found))]
+    aimed = [task for task in found if task in targets]
+    return [
+        (title, names)
+        for title, names in (("trained for", aimed), ("not trained for", [t for t in found if t not in targets]))
+        if names
+    ]
+
+
+def forgotten(pair: tuple[str, str], found: dict[str, Difference]) -> str:
+    """Say in a sentence where the second model is worse, and how much it could have lost unseen."""
+    worse = [task for task, difference in found.items() if verdict(difference) == "worse"]
+    if worse:
+        return f"- {pair[1]} is worse than {pair[0]} at {', '.join(worse)}."
+    if not found:
+        return ""
+    task, most = max(found.items(), key=lambda item: item[1].visible * scale_of(item[1]))
+    size = f"{most.visible * scale_of(most):.1f}"
+    return f"- No loss shown ({len(found)} tasks); at {task} one of less than {size} would mostly go unseen."
 
 
 def show_groups(console: Console, pairs: list, names: tuple[str, str], args: Namespace) -> None:
@@ -194,17 +329,14 @@ def show_groups(console: Console, pairs: list, names: tuple[str, str], args: Nam
         console.print(f"  one row only, not compared: {', '.join(single)}")
 
 
-def as_json(found: dict, joined: dict, args: Namespace) -> dict:
-    """Return the comparison for a file: numbers, verdicts, and the ids of the rows that changed."""
-    comparisons = []
-    for pair, difference in found.items():
-        change = [(a["id"], b[args.column] - a[args.column]) for a, b in joined[pair]]
-        comparisons.append(
-            {"first": pair[0], "second": pair[1], "verdict": verdict(difference)}
-            | {"sentence": sentence(difference, *pair), "difference": asdict(difference)}
-            | {"rose": [i for i, c in change if c > 0], "fell": [i for i, c in change if c < 0]}
-        )
-    return {"schema": 1, "column": args.column, "files": args.files, "comparisons": comparisons}
+def as_json(pair: tuple[str, str], difference: Difference, rows: list, args: Namespace) -> dict:
+    """Return a comparison for a file: numbers, verdict, and the ids of the rows that changed."""
+    change = [(a["id"], b[args.column] - a[args.column]) for a, b in rows]
+    return (
+        {"first": pair[0], "second": pair[1], "verdict": verdict(difference)}
+        | {"sentence": sentence(difference, *pair), "difference": asdict(difference)}
+        | {"rose": [i for i, c in change if c > 0], "fell": [i for i, c in change if c < 0]}
+    )
 
 
 if __name__ == "__main__":

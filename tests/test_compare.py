@@ -272,7 +272,9 @@ def test_pairs_with_the_first_only(files, monkeypatch, capsys):
         ({}, ["--column", "exakt"], "--column exact"),
         ({}, ["--column", "text"], "no number 'text'"),
         ({}, ["--by", "kind"], "no column 'kind'"),
-        ({"rows": rows("ab")}, [], "do not hold the same rows"),
+        ({"rows": rows(["r0", "x"])}, [], "do not hold the same rows"),
+        ({"rows": rows("ab"), "data": "e"}, [], "no task has results of two models"),
+        ({}, ["--target", "generate"], "several tasks"),
     ],
 )
 def test_files_that_cannot_be_compared_are_refused(files, monkeypatch, capsys, second, words, message):
@@ -289,3 +291,60 @@ def test_other_wording_is_compared_when_asked_for(files, monkeypatch, capsys):
 def test_one_file_is_refused(files, monkeypatch, capsys):
     with pytest.raises(InputError, match="nothing to be compared"):
         compare(monkeypatch, capsys, *files(a=result([0.0, 1.0])))
+
+
+def suite(task: str, values: list[float], model: str, **changes) -> Result:
+    rows = [{"id": f"{task}{i}", "score": v} for i, v in enumerate(values)]
+    return result([], task=task, rows=rows, model=model, data=f"data/{task}", **changes)
+
+
+@pytest.fixture
+def suites(tmp_path):
+    """Two models on a target and two other tasks, in a folder a task."""
+    first, second = scores(60, 5, 100, 235)
+    values = {"mmlu": (first, second), "prompts": (second, first), "text": ([-1.5] * 40, [-1.4] * 40)}
+    paths = []
+    for task, both in values.items():
+        (tmp_path / task).mkdir()
+        for name, scored in zip(("base", "sft"), both, strict=True):
+            paths.append(tmp_path / task / f"{name}.json")
+            write_result(suite(task, scored, f"outputs/{name}"), paths[-1])
+    return paths
+
+
+def test_several_tasks_show_what_was_gained_and_what_was_forgotten(suites, monkeypatch, capsys, tmp_path):
+    out = compare(monkeypatch, capsys, *suites, "--target", "mmlu", "text", "--output", tmp_path / "c.json")
+    assert max(map(len, out.splitlines())) <= 100
+    aimed, rest = out.index("trained for"), out.index("not trained for")
+    assert aimed < out.index("mmlu", aimed) < rest < out.index("prompts", rest)
+    assert "sft is worse than base at prompts." in out and "-1.5" in out and "all 3 comparisons" in out
+    saved = json.loads((tmp_path / "c.json").read_text())["comparisons"]
+    assert [(c["task"], c["verdict"]) for c in saved] == [("mmlu", "better"), ("text", "better"), ("prompts", "worse")]
+    singles = [paired(*both).p for both in [scores(60, 5, 100, 235)]]
+    assert saved[0]["difference"]["p_holm"] >= singles[0]
+
+
+def test_without_a_loss_the_size_of_an_unseen_one_is_said(suites, monkeypatch, capsys):
+    out = compare(monkeypatch, capsys, *[p for p in suites if "prompts" not in str(p)], "--target", "mmlu")
+    assert "No loss shown (1 tasks)" in out
+
+
+def test_models_keep_their_name_when_files_are_called_by_task(tmp_path, monkeypatch, capsys):
+    paths = []
+    for model in ("base", "sft"):
+        (tmp_path / model).mkdir()
+        for task in ("mmlu", "glue"):
+            paths.append(tmp_path / model / f"{task}.json")
+            write_result(suite(task, [0.0, 1.0, 1.0], f"outputs/{model}"), paths[-1])
+    out = compare(monkeypatch, capsys, *paths)
+    assert "base and sft" in out and "glue" in out
+    with pytest.raises(InputError, match="did you mean mmlu"):
+        compare(monkeypatch, capsys, *paths, "--target", "mmul")
+    with pytest.raises(InputError, match="one task"):
+        compare(monkeypatch, capsys, *paths, "--by", "task")
+
+
+def test_rows_that_a_model_was_trained_on_are_said(files, monkeypatch, capsys):
+    found = {"rows": 9, "found": 3}
+    paths = files(a=result([0.0] * 9), b=result([1.0] * 9, contamination=found))
+    assert "b was trained on 3 of these 9 rows" in compare(monkeypatch, capsys, *paths)
