@@ -6,7 +6,7 @@
     python eval/compare.py outputs/eval/*/base.json outputs/eval/*/sft.json --target prompts
 
 Reads result files of any script in eval/. Files of several tasks give a table with a line per task: what was trained
-for (--target), and under it what was not, where a model may have forgotten. eval/README.md says how the numbers are made.
+for (--target), and under it what was not, where a model may have forgotten. eval/README.md explains the numbers.
 """
 
 import itertools
