@@ -108,6 +108,10 @@ class RewardArguments:
     reward_model: str | None = field(
         default=None, metadata={"help": "A folder that recipes/reward.py left: its score is added to the reward."}
     )
+    verifier: str | None = field(
+        default=None,
+        metadata={"help": "How answers are checked where a row has no verifier of its own: number, exact, …"},
+    )
     reward_batch_size: int = field(default=64, metadata={"help": "Answers the reward model reads at a time."})
     rehearsal_prompts: int = field(
         default=16, metadata={"help": "Prompts answered before the first step, to look at the rewards; 0 for none."}

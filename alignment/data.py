@@ -7,6 +7,7 @@ once per process: `--streaming` is for what does not fit.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -59,6 +60,7 @@ def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None, alterna
         InputError: nothing to train on, a file or row that cannot be used (unless `on_bad_row` is "drop").
     """
     plans = gather(args)
+    to_row = with_verifier(args, to_row) if kind == "prompt" else to_row
     notes: list[str] = []
     seed, test_size = settle(args, plans, notes)
     parts = [p for plan in plans for p in plan.parts if p.role == "train" or test_size or args.data.eval_data]
@@ -81,6 +83,20 @@ def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None, alterna
     ledger.check()
     note_twins(train, test, kind, notes)
     return Splits(build(train), build(test) if test else None, ledger, notes)
+
+
+def with_verifier(args: Arguments, to_row: ToRow | None) -> ToRow | None:
+    """Return the row function, completed by `--verifier` for rows that name none."""
+    name = next((vars(group)["verifier"] for group in args.also if "verifier" in vars(group)), None)
+    if name is None:
+        return to_row
+
+    @functools.wraps(to_row or dict)
+    def completed(row: dict) -> dict:
+        row = to_row(row) if to_row else row
+        return row | {"verifier": row.get("verifier") or name} if isinstance(row, dict) else row
+
+    return completed
 
 
 @dataclass

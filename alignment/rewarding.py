@@ -194,12 +194,14 @@ class Checked:
         missing = [name for name in self.needs if name not in (*there, *GIVEN)] if columns is not None else []
         if missing:
             near = nearest(missing[0], there)
+            fix = "rename it in a data/*.yaml or in to_prompt, or change the function"
+            if missing == ["verifier"]:
+                fix = "--verifier number (or exact, contains, regex, …) for rows that name none"
             raise InputError(
                 f"the reward function {self.__name__} needs a column {missing[0]!r}, which {where} do not have",
                 where=f"columns: {', '.join(there) or 'none beside prompt'}",
                 why="it decides what an answer is worth",
-                fix=(f"did you mean {near}? " if near else "")
-                + "rename it in a data/*.yaml or in to_prompt, or change the function",
+                fix=(f"did you mean {near}? " if near else "") + fix,
             )
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:

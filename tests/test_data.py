@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 
-from alignment.config import DataArguments
+from alignment.config import DataArguments, RewardArguments
 from alignment.data import load_rows, load_splits
 from alignment.errors import InputError
 from alignment.sources import resolve
@@ -21,10 +21,10 @@ from alignment.sources import resolve
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def arguments(*data, sources=None, seed=42, data_seed=None, **options):
+def arguments(*data, sources=None, seed=42, data_seed=None, also=(), **options):
     train = SimpleNamespace(seed=seed, data_seed=data_seed)
     return SimpleNamespace(
-        data=DataArguments(data=[str(d) for d in data], **options), train=train, sources=sources or {}
+        data=DataArguments(data=[str(d) for d in data], **options), train=train, sources=sources or {}, also=also
     )
 
 
@@ -442,6 +442,17 @@ def test_prompts_keep_their_other_columns(tmp_path):
         "source": "a.jsonl",
         "row": 1,
     }
+
+
+def test_rows_without_a_verifier_get_the_one_of_the_flag(tmp_path):
+    rows = [{"question": "q", "answer": "#### 4"}, {"question": "r", "answer": "x", "verifier": "exact"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    named = load_splits(arguments(path, test_size=0, also=(RewardArguments(verifier="number"),)), "prompt")
+    assert named.train["verifier"] == ["number", "exact"] and named.train["answer"] == ["#### 4", "x"]
+    asked = arguments(path, test_size=0, also=(RewardArguments(verifier="number"),))
+    mapped = load_splits(asked, "prompt", lambda row: row | {"verifier": None, "kept": 1})
+    assert mapped.train["verifier"] == ["number"] * 2 and mapped.train["kept"] == [1, 1]
+    assert load_splits(arguments(path, test_size=0, also=(RewardArguments(),)), "prompt").train["verifier"][0] is None
 
 
 def test_columns_of_several_kinds_say_which_rows(tmp_path):

@@ -10,11 +10,13 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
-from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from alignment import adapters, config
+from alignment.ppo_config import PPOConfig
 
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "kto": KTOConfig, "reward": RewardConfig}
+CONFIGS |= {"grpo": GRPOConfig, "rloo": RLOOConfig, "ppo": PPOConfig}
 PRESETS = sorted((ROOT / "recipes" / "presets").glob("*.yaml"))
 HARDWARE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 NAMES = {"cpu", "single_gpu", "ddp", "fsdp2", "fsdp2_qlora", "zero2", "zero3", "multi_node"}
@@ -43,6 +45,9 @@ def test_there_are_presets_and_hardware_files():
         "-dpo-",
         "-kto-",
         "-reward-",
+        "-grpo-",
+        "-rloo-",
+        "-ppo-",
     ):
         assert any(part in path.name for path in PRESETS), part
 
@@ -68,7 +73,9 @@ def test_preset_parses_with_its_recipe(path, monkeypatch, defaults):
     assert f"-{recipe}-" in path.name
     assert "Not run" in path.read_text(encoding="utf-8").splitlines()[1]
     monkeypatch.setattr(sys, "argv", [words[4]])
-    args = config.parse(CONFIGS[recipe], defaults[recipe], ["--config", str(path), "--report_to", "none"])
+    also = (config.RewardArguments,) if recipe in ("grpo", "rloo", "ppo") else ()
+    flags = ["--config", str(path), "--report_to", "none"]
+    args = config.parse(CONFIGS[recipe], defaults[recipe], flags, also)
     method = adapters.resolve(args)
     assert f"-{'full' if method == 'none' else method}-" in path.name
     assert all((ROOT / source).is_file() for source in args.data.data)
