@@ -1,6 +1,7 @@
 """What every script in eval/ shares: the flags, the models and their result files, the table at the end."""
 
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,10 @@ def read_arguments(parser: Parser, argv: list[str] | None = None) -> Namespace:
         InputError: an unknown flag, with the nearest; a model named twice; a result file that exists already.
     """
     install_excepthook()
+    # PEFT 0.21 asks transformers 5.23 by an old name, and says that virtual tokens ignore positions: rows with them
+    # share a batch only where they have one length
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Position ids are not supported.*", category=UserWarning)
     words = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     args, rest = parser.parse_known_args(words)
     if rest:
