@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from alignment.generation import Answer, Decoding, generate_answers, process_sta
 from alignment.opening import resuming
 from alignment.report import write_text
 from alignment.rewarding import checked
+
+DRY = 16  # prompts that a dry run answers
 
 
 @dataclass
@@ -71,7 +74,7 @@ def rounds(args: Any, splits: Any, functions: list[Callable]) -> Iterator[Any]:
     """Sample, keep and write the rows of each round; yield the arguments to tune with, and go on when that is done.
 
     At the end the table of mean rewards is printed and kept in output_dir/rewards.json. In a dry run a few prompts are
-    answered, and nothing is yielded.
+    answered, what would be kept is shown, and the tuning looks at these rows and trains nothing.
 
     Args:
         args: the parsed arguments, with RewardArguments and SamplingArguments among `also`.
@@ -93,14 +96,12 @@ def rounds(args: Any, splits: Any, functions: list[Callable]) -> Iterator[Any]:
     console = Console(width=100, highlight=False, quiet=not process_state(args.train.use_cpu).is_main_process)
     folder, model, history = Path(args.train.output_dir), args.model.model_name_or_path, []
     if args.data.dry_run:
-        train, test = train[:16], []
+        yield from rehearsed(sample(model, train[:DRY], [], rewards, settings, args, 1), args, console)
+        return
     for number in range(1, settings.rounds + 1):
         found = sample(model, train, test, rewards, settings, args, number)
         history.append(found.numbers)
         console.print(f"round {number}: " + found.sentence())
-        if args.data.dry_run:
-            console.print("Dry run: nothing was trained, nothing was written.")
-            return
         if process_state().is_main_process:
             write_rows(folder / "rows" / f"round_{number}.jsonl", found.kept)
             write_rows(folder / "rows" / f"round_{number}_pairs.jsonl", found.pairs)
@@ -114,6 +115,23 @@ def rounds(args: Any, splits: Any, functions: list[Callable]) -> Iterator[Any]:
     if process_state().is_main_process:
         write_text(folder / "rewards.json", json.dumps(history, indent=1) + "\n")
     console.print(table(history))
+
+
+def rehearsed(found: Sampled, args: Any, console: Console) -> Iterator[Any]:
+    """Show what would be kept of the answers to a few prompts; yield a dry run of tuning on it, on rows thrown away."""
+    console.print("dry run: " + found.sentence())
+    for pair in found.pairs[:3]:
+        prompt, best, worst = (
+            " ".join((side if isinstance(side, str) else side[-1]["content"]).split())[:200]
+            for side in (pair["prompt"], pair["chosen"], pair["rejected"])
+        )
+        console.print(f"  {prompt}\n    best   {best}\n    worst  {worst}", markup=False, style="dim")
+    with tempfile.TemporaryDirectory() as folder:
+        if process_state().is_main_process:
+            write_rows(Path(folder) / "rows" / "round_1.jsonl", found.kept)
+        mine = round_of(args, 1, args.model.model_name_or_path)
+        mine.data.data = [str(Path(folder) / "rows" / "round_1.jsonl")]
+        yield mine
 
 
 def sample(

@@ -73,7 +73,9 @@ def test_two_rounds_leave_their_rows_and_weights(prompts, tmp_path):
 
 def test_a_dry_run_samples_and_writes_nothing(prompts, tmp_path, capfd):
     script(ROOT / "recipes/best_of_n.py", "--data", prompts, "--output_dir", tmp_path / "out", "--dry_run", *QUICK)
-    assert "nothing was trained" in capfd.readouterr().out and not (tmp_path / "out").exists()
+    said = capfd.readouterr().out
+    assert "nothing was trained" in said and not (tmp_path / "out").exists()
+    assert "16 answers" in said and "What is trained" in said, "the tuning looks at the kept rows, too"
 
 
 def test_no_answer_is_good_enough(prompts, tmp_path):
