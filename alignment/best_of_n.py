@@ -131,6 +131,7 @@ def rehearsed(found: Sampled, args: Any, console: Console) -> Iterator[Any]:
             write_rows(Path(folder) / "rows" / "round_1.jsonl", found.kept)
         mine = round_of(args, 1, args.model.model_name_or_path)
         mine.data.data = [str(Path(folder) / "rows" / "round_1.jsonl")]
+        mine.train.output_dir = str(Path(folder) / "round_1")
         yield mine
 
 
