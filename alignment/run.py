@@ -234,7 +234,8 @@ class Progress(TrainerCallback):
             return
         held_out = "eval_loss" in logs
         names = [f"eval_{name}" if held_out else name for name in self.headline]
-        text = "  ".join(f"{name.removeprefix('eval_')} {logs[name]:.3f}" for name in names if name in logs)
+        short = {name: name.removeprefix("eval_").removeprefix("completions/") for name in names}
+        text = "  ".join(f"{short[name]} {logs[name]:.3f}" for name in names if name in logs)
         if held_out or (self.bar.disable and "loss" in logs):
             kind = "held out" if held_out else "training"
             tqdm.write(f"step {state.global_step:>5}/{state.max_steps}  {kind}  {text}", file=sys.stdout)
