@@ -26,6 +26,7 @@ DEFAULTS = dict(
     num_generations=16,
     max_completion_length=24,
     temperature=1.0,
+    disable_dropout=True,  # the weights that learn are those that sampled
     # How much: 8 prompts x 16 answers an update
     per_device_train_batch_size=128,
     num_train_epochs=0.5,

@@ -67,6 +67,13 @@ def test_test_rows_share_no_question_with_any_training_rows(folder):
         assert not test & train, f"{folder}/test and {other}/train share {sorted(test & train)[:3]}"
 
 
+def test_prompts_to_validate_on_are_in_no_rows_of_chat_and_prompts():
+    questions = contents(text for row in load("prompts", "validation") for text in asked(row))
+    assert len(questions) > 300
+    for folder, split in (("chat", "train"), ("prompts", "train"), ("prompts", "test")):
+        assert not questions & contents(text for row in load(folder, split) for text in asked(row))
+
+
 def test_dev_choices_are_five_per_subject_and_not_in_the_test():
     dev, test = load("choices", "dev"), load("choices", "test")
     subjects = {row["subject"] for row in test}
