@@ -125,8 +125,11 @@ def keep(name: str, result: Result, args: Namespace) -> None:
         drop_parts(args.files[name])
 
 
-def show_all(results: Mapping[str, Result], args: Namespace) -> None:
-    """Print the table of all models, where their files are, and what to do next, on the main process."""
+def show_all(results: Mapping[str, Result], args: Namespace, refused: Mapping[str, str] | None = None) -> None:
+    """Print the table of all models, where their files are, and what to do next, on the main process.
+
+    `refused` holds the metrics that these models cannot be compared by, with a sentence that says why.
+    """
     from rich.console import Console
 
     from alignment.generation import process_state
@@ -136,7 +139,9 @@ def show_all(results: Mapping[str, Result], args: Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     rows = len(next(iter(results.values())).rows)
     console.print(f"[bold]{args.data}, {rows:,} rows[/bold]: mean ± its standard error, shares in per cent")
-    console.print(results_table(results))
+    console.print(results_table(results, refused=list(refused or {})))
+    for name, why in (refused or {}).items():
+        console.print(f"[yellow]{name}: {why}[/yellow]")
     for file in args.files.values():
         console.print(f"written: {file}", soft_wrap=True)
     if len(results) > 1:
