@@ -212,8 +212,9 @@ def show(metric: Mapping[str, Any] | None) -> str:
     if metric is None:
         return "-"
     scale, digits = 100 if metric.get("unit", "share") == "share" else 1, metric.get("digits", 1)
-    error = "" if metric["stderr"] is None else f" ± {metric['stderr'] * scale:.{digits}f}"
-    return f"{metric['value'] * scale:.{digits}f}{error}"
+    form = ".1e" if abs(metric["value"] * scale) >= 1e6 else f".{digits}f"
+    error = "" if metric["stderr"] is None else f" ± {metric['stderr'] * scale:{form}}"
+    return f"{metric['value'] * scale:{form}}{error}"
 
 
 def results_table(results: Mapping[str, Result], widest: int = 4, refused: Sequence[str] = ()) -> Table:
