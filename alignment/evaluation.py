@@ -10,13 +10,13 @@ from alignment.errors import InputError, nearest
 from alignment.report import Result, check_free, results_table, write_result
 
 
-def make_parser(description: str, data: str) -> Parser:
-    """Return a parser with the flags of all evaluations; `data` is the default of --data."""
+def make_parser(description: str, data: str, output: str = "outputs/eval") -> Parser:
+    """Return a parser with the flags of all evaluations; `data` and `output` are the defaults of these flags."""
     parser = Parser(description=description)
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="checkpoint folders or hub ids, or name=checkpoint")
     add("--data", default=data, help=f"a file, a folder (its test split), a hub id or a data/*.yaml [{data}]")
-    add("--output", help="result file (.json), or a folder when there are several models [outputs/eval]")
+    add("--output", default=output, help=f"result file (.json), or a folder when there are several models [{output}]")
     add("--overwrite", action="store_true", help="replace result files that exist")
     add("--resume", action="store_true", help="go on with an interrupted evaluation: finished rows stay as they are")
     add("--limit", type=int, help="this many rows, drawn at random but the same for every model")
@@ -61,16 +61,16 @@ def name_models(words: list[str]) -> dict[str, str]:
     for word in words:
         name, equals, path = word.partition("=")
         if not equals or "/" in name:
-            name, path = Path(word).name or word, word
+            name, path = Path(word).name.removesuffix(".json") or word, word
         if name in models:
             raise InputError(f"two models are called {name}", where="--model", fix=f"give one a name: other={path}")
         models[name] = path
     return models
 
 
-def name_files(models: Mapping[str, str], output: str | None, overwrite: bool) -> dict[str, Path]:
+def name_files(models: Mapping[str, str], output: str, overwrite: bool) -> dict[str, Path]:
     """Return the result file of each model; raises InputError when one exists or cannot be written."""
-    target = Path(output or "outputs/eval")
+    target = Path(output)
     if target.suffix == ".json" and len(models) > 1:
         raise InputError(
             f"{len(models)} models and one result file",

@@ -204,7 +204,9 @@ def check_room(ids: list[list[int]], model: PreTrainedModel | PeftModel, max_new
                 f"{limit:,} positions",
                 where=f"prompt {index + 1}",
                 why="beyond them a model says anything",
-                fix=f"--max_new_tokens {limit - len(tokens)} or less" if len(tokens) < limit else "leave the row out",
+                fix=f"--max_new_tokens {limit - len(tokens)} or less"
+                if len(tokens) < limit
+                else "fewer --shots, or leave the row out",
             )
 
 

@@ -33,6 +33,7 @@ from alignment.text_metrics import (
     token_f1,
 )  # fmt: skip
 
+VOTED = ("exact", "number", "contains", "f1", "gsm8k")  # verifiers of short answers, which can be the same
 TASK, VERSION = "generate", 1  # raise the version when the same answers would get another score
 
 
@@ -120,7 +121,8 @@ def finished(row: dict, answers: list, args: Namespace) -> dict:
     if len(groups) > 1:
         made["wordings"] = [mean(found["score"] for found in numbers[group]) for group in groups]
     if n > 1:
-        made["majority"] = mean(elect(texts[group], numbers[group], row) for group in groups)
+        if row["verifier"] in VOTED:
+            made["majority"] = mean(elect(texts[group], numbers[group], row) for group in groups)
         if "flexible" in made:
             made["flexible majority"] = mean(elect(texts[group], numbers[group], row, True) for group in groups)
         right = [sum(found["score"] == 1 for found in numbers[group]) for group in groups]
@@ -152,7 +154,11 @@ def summarise(rows: list[dict], args: Namespace) -> dict[str, dict]:
     """Return the means over all rows, the spread over wordings, and the score of each task when there are several."""
     names = ["score", "flexible", "instructions", "majority", "flexible majority"]
     names += [f"pass@{k}" for k in args.pass_at] + ["exact", "f1", *ROUGE, "stopped"]
-    found = {key: mean_metric([float(row[key]) for row in rows]) for key in names if key in rows[0]}
+    found = {
+        key: mean_metric([float(row[key]) for row in rows if key in row])
+        for key in names
+        if any(key in row for row in rows)
+    }
     found["answer length"] = mean_metric([row["tokens"] for row in rows], unit="tokens")
     if "bleu" in args.metrics:
         pairs = [(text, row["answer"]) for row in rows for text in row.get("texts", [row.get("text")])]
@@ -187,6 +193,13 @@ def settle(args: Namespace) -> list[dict]:
     )
     check = args.verifier or (known.verifier if known else "exact")
     rows = choose_rows(read_questions(args.data, check), args.limit)
+    if args.majority and (other := next((row for row in rows if row["verifier"] not in VOTED), None)):
+        raise InputError(
+            f"the verifier {other['verifier']!r} has no majority",
+            where=f"--majority, {other['source']}, row {other['row']}",
+            why="long answers are hardly ever the same twice",
+            fix="leave --majority out: the mean and pass@k are reported",
+        )
     shots = choose_shots(args.fewshot_data or f"{args.data}@train", check, args.shots, rows) if args.shots else []
     args.wordings = read_wordings(args.prompts) if args.prompts else {"own": known.wording if known else PLACE}
     args.asking = [Asking(word, tuple(shots), args.system, args.chat, plain) for word in args.wordings.values()]

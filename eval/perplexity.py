@@ -149,7 +149,7 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 
 def main() -> None:
     """Measure every model on the same texts, write their results and print one table."""
-    parser = make_parser(__doc__.split("\n")[0], data="data/tiny/text")
+    parser = make_parser(__doc__.split("\n")[0], data="data/tiny/text", output="outputs/eval/perplexity")
     add = parser.add_argument
     add("--max_length", type=int, help=f"tokens read together [the model's positions, at most {LONGEST}]")
     add("--stride", type=int, help="tokens from one window to the next: smaller, slower, more context [half of it]")
