@@ -38,12 +38,13 @@ BENCHMARKS = {
 }
 
 
-def read_questions(spec: str, check: str) -> list[dict[str, Any]]:
+def read_questions(spec: str, check: str, unanswered: bool = False) -> list[dict[str, Any]]:
     """Return the rows of --data as {id, prompt, answer, verifier, task, source, row}, checked.
 
     Args:
         spec: a file, a folder (its test split unless `@train` picks another), a hub id or a declaration.
         check: the verifier of rows that name none.
+        unanswered: rows without a reference are taken as well, with an empty one.
 
     Raises:
         InputError: a row without a reference answer or tests, or one that its verifier cannot use.
@@ -56,6 +57,8 @@ def read_questions(spec: str, check: str) -> list[dict[str, Any]]:
     for raw in data:
         where = f"{raw['source']}, row {raw['row']}"
         row = {k: raw.get(k) for k in ("prompt", "task", "source", "row")}
+        if unanswered and "answer" not in raw:
+            raw = {**raw, "answer": ""}
         row |= reference(raw, check, where, spec)
         verifier(row["verifier"], where=f"{where}, column verifier")
         row["id"] = text_hash(row["prompt"], row["answer"], row["verifier"])
