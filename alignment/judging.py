@@ -18,8 +18,9 @@ from alignment.templates import ChatEncoder
 
 RESAMPLES = 500
 RIDGE = 0.01  # keeps the regression finite when one side always wins
+FEWEST = 0.05  # share of rows on the less frequent side of equal length that a comparison needs
 PLACES = ("{question}", "{first}", "{second}")
-PROMPT = """Which of two answers to a question is better? Judge whether they are correct and helpful, not how long they are.
+PROMPT = """Which of two answers to a question is better? Judge whether it is correct and helpful, not its length.
 
 [Question]
 {question}
@@ -102,7 +103,8 @@ def judge_by_model(
     It says A or B: the letter it finds more likely as its answer. A verdict that changes with the order is a tie.
 
     Args:
-        model, tokenizer: the judge, a causal model. With a chat template the question is a user's turn.
+        model: the judge, a causal model.
+        tokenizer: its tokenizer. With a chat template the question is a user's turn.
         contests: what to judge.
         prompt: with {question}, {first} and {second}.
         batch_size: changes the speed only.
@@ -167,8 +169,11 @@ def wilson(scores: Sequence[float], confidence: float = 0.95) -> tuple[float, fl
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def controlled_win_rate(scores: Sequence[float], differences: Sequence[float], seed: int = 0) -> dict[str, Any]:
+def controlled_win_rate(scores: Sequence[float], differences: Sequence[float], seed: int = 0) -> dict[str, Any] | None:
     """Return the win rate at equal lengths as a metric, with a bootstrap standard error over the rows.
+
+    None when fewer than one in twenty answers are as long as the baseline's or on the other side of it: then there is
+    nothing to compare, and the regression would only extrapolate.
 
     A logistic regression of the verdict on tanh(difference / its standard deviation), read at difference 0: the
     length term of AlpacaEval 2's length-controlled win rate (Dubois et al. 2024). Left out are its term for how hard
@@ -180,6 +185,8 @@ def controlled_win_rate(scores: Sequence[float], differences: Sequence[float], s
         seed: of the bootstrap.
     """
     y, gap = np.asarray(scores, float), np.asarray(differences, float)
+    if min((gap <= 0).mean(), (gap >= 0).mean()) < FEWEST:
+        return None
     spread = gap.std()
     x = np.tanh(gap / spread) if spread else np.zeros_like(gap)
     rng = np.random.default_rng(seed)

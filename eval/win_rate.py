@@ -136,7 +136,8 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
     counts = {"wins": scores.count(1.0), "losses": scores.count(0.0), "ties": scores.count(0.5)}
     sign_test = {"p": mcnemar(counts["wins"], counts["losses"])}
     found = {"win rate": mean_metric(scores) | {"low": low, "high": high} | counts | sign_test}
-    found["win rate at equal length"] = controlled_win_rate(scores, longer)
+    if (controlled := controlled_win_rate(scores, longer)) is not None:
+        found["win rate at equal length"] = controlled
     found["ties"] = mean_metric([float(score == 0.5) for score in scores])
     decided = [s if d > 0 else 1 - s for s, d in zip(scores, longer, strict=True) if d and s != 0.5]
     if decided:
@@ -151,10 +152,11 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 def say(name: str, result: Result, baseline: str) -> str:
     """Return the result in a sentence."""
     rate = result.metrics["win rate"]
+    equal = "" if "win rate at equal length" in result.metrics else " Too few answers of like length to compare those."
     return (
         f"{name} wins {rate['wins']:,}, ties {rate['ties']:,}, loses {rate['losses']:,} of {rate['n']:,} against "
         f"{baseline}: {rate['value']:.1%} (95 % interval {rate['low']:.1%} to {rate['high']:.1%}; sign test "
-        f"{p_text(rate['p'])})."
+        f"{p_text(rate['p'])}).{equal}"
     )
 
 
@@ -171,6 +173,8 @@ def main() -> None:
     for path in (args.baseline, *args.models.values()):
         if path.endswith(".json") and not Path(path).is_file():
             read_result(path)
+    if args.baseline.endswith(".json"):
+        args.data = read_result(args.baseline).data
     args.baseline_name = Path(args.baseline).name.removesuffix(".json")
     if args.margin < 0:
         raise InputError(f"--margin is {args.margin}", fix="0 or more")
