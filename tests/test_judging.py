@@ -2,10 +2,13 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from eval_runs import run_script, save_reward_model, write_rows
 
 from alignment.calibration import expected_calibration_error, rank_correlation, reliability, win_probabilities
@@ -319,3 +322,29 @@ def test_an_encoder_is_no_judge(monkeypatch, toy_bert, answers, tmp_path):
     words = ["--baseline", answers / "greedy.json", "--model", answers / "hot.json", "--judge", toy_bert]
     with pytest.raises(InputError, match="is an encoder"):
         run_script(monkeypatch, "win_rate", *words, "--output", tmp_path / "r.json")
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(monkeypatch, toy, reward_model, answers, tmp_path):
+    pairs = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "rain again " * (i + 1)} for i in range(7)])
+    plain = write_rows(tmp_path / "plain.jsonl", [{"prompt": f"The boat {i}", "answer": "4"} for i in range(7)])
+    scripts = {
+        "reward": ["--model", reward_model, "--data", pairs],
+        "perplexity": ["--model", toy, "--data", texts, "--max_length", 9],
+        "generate": ["--model", toy, "--data", plain, "--num_samples", 3, "--temperature", 1, "--max_new_tokens", 4],
+        "win_rate": ["--baseline", answers / "greedy.json", "--model", answers / "hot.json", "--judge", toy],
+    }
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    for name, words in scripts.items():
+        words += ["--use_cpu", "--batch_size", 4, "--output"]
+        run_script(monkeypatch, name, *words, tmp_path / "one" / f"{name}.json")
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, f"eval/{name}.py"]
+        command = list(map(str, [*start, *words, tmp_path / "two" / f"{name}.json"]))
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("written:") == 1
+        one, two = (read_result(tmp_path / folder / f"{name}.json") for folder in ("one", "two"))
+        assert [row["id"] for row in one.rows] == [row["id"] for row in two.rows]
+        assert [row["score"] for row in one.rows] == pytest.approx([row["score"] for row in two.rows], abs=1e-5), name
+        assert one.metrics.keys() == two.metrics.keys()

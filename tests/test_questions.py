@@ -9,7 +9,9 @@ from eval_runs import run_script, write_rows
 
 from alignment.errors import InputError
 from alignment.questions import BENCHMARKS, Asking, choose_shots, read_questions, read_wordings, single
+from alignment.report import read_result
 from alignment.rewards import verifier
+from alignment.text_metrics import gsm8k_equal, gsm8k_flexible
 
 GSM8K = [{"question": f"How much is {i} and 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(6)]
 
@@ -39,6 +41,32 @@ def test_the_prompts_of_gsm8k_are_those_of_lm_eval(tmp_path, monkeypatch):
     train = write_rows(tmp_path / "train.jsonl", GSM8K)
     test = write_rows(tmp_path / "test.jsonl", [{"question": "How much is {2}?", "answer": "2\n#### 2"}, *GSM8K[5:]])
     check_prompts(train, test, 2)
+
+
+def test_answers_and_scores_of_gsm8k_are_those_of_lm_eval(tmp_path, monkeypatch):
+    """Both continue the same texts greedily and stop at the same strings; only outer white space is ours to cut."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from alignment.models import load_checkpoint
+
+    asked = [{"question": f"What is {n} plus {n + 3}?", "answer": f"#### {2 * n + 3}"} for n in (2, 11, 24, 38)]
+    rows = write_rows(tmp_path / "test.jsonl", asked)
+    words = ["--task", "gsm8k", "--data", rows, "--fewshot_data", write_rows(tmp_path / "train.jsonl", GSM8K)]
+    words += ["--shots", 2, "--max_new_tokens", 24, "--batch_size", 3, "--output", tmp_path / "r.json"]
+    run_script(monkeypatch, "generate", "--model", "data/tiny/model", *words)
+    result = read_result(tmp_path / "r.json")
+    assert result.settings["stop_strings"] == ["Question:"] and result.settings["shots"] == 2
+    model, tokenizer = load_checkpoint("data/tiny/model")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=1)
+    ask = Asking(BENCHMARKS["gsm8k"].wording, tuple((r["question"], r["answer"]) for r in GSM8K[:2]))
+    kwargs = {"until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False, "max_gen_toks": 24}
+    wanted = [Instance("generate_until", {}, (ask(row["question"]), dict(kwargs)), 0) for row in asked]
+    theirs = lm.generate_until(wanted, disable_tqdm=True)
+    assert [row["text"] for row in result.rows] == [text.strip() for text in theirs]
+    assert len({row["text"] for row in result.rows}) > 1
+    found = [gsm8k_equal(gsm8k_flexible(text), row["answer"]) for text, row in zip(theirs, asked, strict=True)]
+    assert [row["flexible"] for row in result.rows] == found
 
 
 @pytest.mark.real_data
