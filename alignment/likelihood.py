@@ -1,11 +1,13 @@
 """What a language model thinks of given tokens: log-likelihoods, and the perplexity of texts in sliding windows."""
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from alignment.errors import InputError
@@ -28,39 +30,53 @@ class Window:
     first: int
 
 
-def batched(rows: Sequence[list[int]], size: int, vocabulary: int = 0) -> list[list[int]]:
+def batched(rows: Sequence[list[int]], size: int, logits: int = 0, lead: int = 0) -> list[list[int]]:
     """Return the numbers of the rows in batches of like lengths, the longest first.
 
-    With `vocabulary` a batch has no more rows than its logits leave room for: `LOGITS` of them, but one row at least.
+    With `logits` numbers per token a batch has no more rows than `LOGITS` leaves room for, but one row at least; the
+    first `lead` tokens of each row need none.
     """
     order, batches, at = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [], 0
     while at < len(order):
-        room = LOGITS // max(1, len(rows[order[at]]) * vocabulary) if vocabulary else size
+        room = LOGITS // max(1, (len(rows[order[at]]) - lead) * logits) if logits else size
         batches.append(order[at : at + max(1, min(size, room))])
         at += len(batches[-1])
     return batches
 
 
-def next_logits(model: Any, rows: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (logits of every next token (rows, width - 1, vocabulary), the targets, -1 where there is none)."""
+def next_logits(model: Any, rows: list[list[int]], pad: int, lead: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the model says of every token after the first `lead` + 1.
+
+    Returns:
+        logits (rows, width - 1 - lead, vocabulary), and the tokens they are about, -1 where there is none.
+    """
     width = max(map(len, rows))
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    # prompt and p-tuning put virtual tokens in front; their logits come first
-    logits = logits[:, logits.shape[1] - width : -1]
-    return logits, ids[:, 1:].masked_fill(mask[:, 1:] == 0, -1)
+    kept = width - lead
+    fewer = {"logits_to_keep": kept} if lead and keeps_logits(model) else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **fewer).logits
+    # counted from the end: prompt and p-tuning put virtual tokens in front, and their logits come first
+    logits = logits[:, logits.shape[1] - kept : -1]
+    return logits, ids[:, 1 + lead :].masked_fill(mask[:, 1 + lead :] == 0, -1)
+
+
+def keeps_logits(model: Any) -> bool:
+    """Say whether the model can compute the logits of the last tokens only (code of its own may not)."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
 @torch.inference_mode()
 def log_likelihoods(model: Any, windows: Sequence[Window], pad: int, batch_size: int = 32) -> list[float]:
     """Return the log-likelihood of each window's scored tokens, in nats; it does not depend on the batch."""
     found = [0.0] * len(windows)
+    lead = min((window.first for window in windows), default=1) - 1
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    for numbers in batched([window.ids for window in windows], batch_size, vocabulary):
-        logits, targets = next_logits(model, [windows[i].ids for i in numbers], pad)
+    for numbers in batched([window.ids for window in windows], batch_size, vocabulary, lead):
+        logits, targets = next_logits(model, [windows[i].ids for i in numbers], pad, lead)
         for place, number in enumerate(numbers):  # one row at a time: the copy in 32 bits stays small
-            first, end = windows[number].first - 1, len(windows[number].ids) - 1
+            first, end = windows[number].first - 1 - lead, len(windows[number].ids) - 1 - lead
             losses = cross_entropy(logits[place, first:end].float(), targets[place, first:end], reduction="none")
             found[number] = -losses.double().sum().item()
     return found

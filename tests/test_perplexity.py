@@ -85,6 +85,12 @@ def test_one_window_is_the_naive_loop_in_every_batch(model_and_tokenizer, monkey
     windows = [Window(ids, 1) for ids in rows]
     for size in (1, 3, 8):
         assert log_likelihoods(model, windows, tokenizer.pad_token_id, size) == pytest.approx(wanted, rel=1e-5)
+    ends = [Window(ids, len(ids) - 2 - i) for i, ids in enumerate(rows)]
+    with torch.no_grad():
+        each = [model(torch.tensor([ids])).logits[0].log_softmax(-1) for ids in rows]
+    for window, logs, found in zip(ends, each, log_likelihoods(model, ends, tokenizer.pad_token_id), strict=True):
+        wanted = sum(logs[i - 1, window.ids[i]].item() for i in range(window.first, len(window.ids)))
+        assert found == pytest.approx(wanted, rel=1e-5), "only the last logits are computed"
     monkeypatch.setattr(likelihood, "LOGITS", 1)
     assert likelihood.batched(rows, 8, 320) == [[i] for i in sorted(range(4), key=lambda i: -len(rows[i]))]
 
