@@ -1,13 +1,23 @@
 """What every script in eval/ shares: the flags, the models and their result files, the table at the end."""
 
 import sys
+import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from alignment.config import Parser, install_excepthook, with_underscores
 from alignment.errors import InputError, nearest
-from alignment.report import Result, check_free, results_table, write_result
+from alignment.report import (
+    Result,
+    check_free,
+    package_versions,
+    results_table,
+    run_id,
+    text_hash,
+    write_result,
+)
 
 
 def make_parser(description: str, data: str, output: str = "outputs/eval") -> Parser:
@@ -113,6 +123,70 @@ def dtype_of(args: Namespace) -> str:
     if args.dtype != "auto":
         return args.dtype
     return "bfloat16" if process_state(args.use_cpu).device.type == "cuda" else "float32"
+
+
+def new_result(
+    name: str, args: Namespace, task: tuple[str, int], wording: Any, settings: dict, packages: Sequence[str] = ()
+) -> Result:
+    """Return the result of one model without its rows.
+
+    Args:
+        name: of the model, in `args.models`.
+        args: the command line.
+        task: what is measured, and its version.
+        wording: what is put around the rows; models are compared on the same only.
+        settings: what else the numbers depend on; dtype and quantisation are added.
+        packages: beside torch and its companions, those that had a part in it.
+    """
+    return Result(
+        task=task[0],
+        version=task[1],
+        data=args.data,
+        model=args.models[name],
+        run=run_id(args.models[name]),
+        prompt_hash=text_hash(wording),
+        settings=settings | {"dtype": dtype_of(args), "load_in_4bit": args.load_in_4bit},
+        rows=[],
+        metrics={},
+        versions=package_versions("torch", "transformers", "peft", "accelerate", *packages),
+    )
+
+
+def measure_rows(
+    result: Result,
+    rows: Sequence[dict[str, Any]],
+    measure: Callable[[list[dict[str, Any]]], tuple[list[dict[str, Any]], int]],
+    args: Namespace,
+    name: str,
+) -> None:
+    """Fill `result.rows`: every process measures its share in batches, finished rows are on disk at once.
+
+    Args:
+        result: of `new_result`.
+        rows: each with an "id"; the finished ones come back in their order.
+        measure: takes a batch and returns its finished rows, with the ids, and how many tokens it read.
+        args: the command line.
+        name: of the model; the progress bar says it.
+    """
+    from tqdm import tqdm
+
+    from alignment.generation import process_state
+    from alignment.journal import Journal
+
+    state, started = process_state(), time.perf_counter()
+    with Journal(result, [row["id"] for row in rows], args.files[name], args.resume) as journal:
+        mine = journal.todo(rows)[state.process_index :: state.num_processes]
+        tokens, quiet = 0, None if state.is_main_process else True
+        with tqdm(total=len(mine), desc=name, unit="row", disable=quiet) as bar:
+            for at in range(0, len(mine), args.batch_size):
+                batch = mine[at : at + args.batch_size]
+                made, read = measure(batch)
+                journal.add(made)
+                tokens += read
+                bar.update(len(batch))
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+        result.rows = journal.rows()
+    result.seconds = round(time.perf_counter() - started, 2)
 
 
 def keep(name: str, result: Result, args: Namespace) -> None:

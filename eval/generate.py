@@ -16,9 +16,9 @@ from statistics import mean, stdev
 
 from alignment.constraints import follows
 from alignment.errors import InputError
-from alignment.evaluation import choose_rows, dtype_of, keep, load, make_parser, read_arguments, show_all
+from alignment.evaluation import choose_rows, keep, load, make_parser, new_result, read_arguments, show_all
 from alignment.questions import BENCHMARKS, PLACE, Asking, choose_shots, read_questions, read_wordings
-from alignment.report import Result, mean_metric, package_versions, run_id, text_hash
+from alignment.report import Result, mean_metric
 from alignment.rewards import exact, last_number, squeeze, verifier
 from alignment.text_metrics import (
     ROUGE,
@@ -70,18 +70,9 @@ def evaluate(name: str, rows: list[dict], args: Namespace) -> Result:
     from alignment.journal import Journal
 
     started = time.perf_counter()
-    result = Result(
-        task=TASK,
-        version=VERSION,
-        data=args.data,
-        model=args.models[name],
-        run=run_id(args.models[name]),
-        prompt_hash=text_hash({"system": args.system, "chat": args.chat} | args.asked_otherwise),
-        settings=args.settings | {"dtype": dtype_of(args), "load_in_4bit": args.load_in_4bit},
-        rows=[],
-        metrics={},
-        versions=package_versions("torch", "transformers", "peft", "accelerate", *need_packages(args.metrics)),
-    )
+    wording = {"system": args.system, "chat": args.chat} | args.asked_otherwise
+    packages = need_packages(args.metrics)
+    result = new_result(name, args, (TASK, VERSION), wording, args.settings, packages)
 
     with Journal(result, [row["id"] for row in rows], args.files[name], args.resume) as journal:
         todo = journal.todo(rows)

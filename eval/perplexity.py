@@ -10,13 +10,21 @@ byte only. eval/README.md says what the numbers mean.
 
 import math
 import re
-import time
 from argparse import Namespace
 from pathlib import Path
 
 from alignment.errors import InputError
-from alignment.evaluation import choose_rows, dtype_of, keep, load, make_parser, read_arguments, show_all
-from alignment.report import Result, package_versions, ratio_metric, run_id, text_hash
+from alignment.evaluation import (
+    choose_rows,
+    keep,
+    load,
+    make_parser,
+    measure_rows,
+    new_result,
+    read_arguments,
+    show_all,
+)
+from alignment.report import Result, ratio_metric, text_hash
 
 TASK, VERSION = "perplexity", 1
 LONGEST = 2048  # tokens read together, unless --max_length says otherwise
@@ -79,50 +87,26 @@ def window_of(model, args: Namespace) -> tuple[int, int]:
 
 def evaluate(name: str, rows: list[dict], args: Namespace) -> Result:
     """Load one model, let it read, and return its result, on every process alike."""
-    from tqdm import tqdm
-
-    from alignment.generation import process_state
-    from alignment.journal import Journal
     from alignment.likelihood import log_likelihoods, sliding_windows, with_prefix
     from alignment.templates import ChatEncoder
 
     model, tokenizer = load(args.models[name], args)
+    encoder = ChatEncoder(tokenizer)
     size, stride = window_of(model, args)
     settings = {"max_length": size, "stride": stride, "vocabulary": text_hash(tokenizer.get_vocab())}
-    result = Result(
-        task=TASK,
-        version=VERSION,
-        data=args.data,
-        model=args.models[name],
-        run=run_id(args.models[name]),
-        prompt_hash=text_hash("one BOS, else EOS, before each text"),
-        settings=settings | {"dtype": dtype_of(args), "load_in_4bit": args.load_in_4bit},
-        rows=[],
-        metrics={},
-        versions=package_versions("torch", "transformers", "peft"),
-    )
-    started, state = time.perf_counter(), process_state()
-    encoder = ChatEncoder(tokenizer)
-    with Journal(result, [row["id"] for row in rows], args.files[name], args.resume) as journal:
-        mine = journal.todo(rows)[state.process_index :: state.num_processes]
-        quiet = None if state.is_main_process else True
-        bar = tqdm(total=sum(row["bytes"] for row in mine), desc=name, unit="byte", unit_scale=True, disable=quiet)
-        tokens = 0
-        with bar:
-            for at in range(0, len(mine), args.batch_size):
-                some = mine[at : at + args.batch_size]
-                ids = [with_prefix(encoder.encode_text(row["text"]), tokenizer) for row in some]
-                parts = [list(sliding_windows(one, size, stride)) for one in ids]
-                windows = [window for part in parts for window in part]
-                found = iter(log_likelihoods(model, windows, tokenizer.pad_token_id, args.batch_size))
-                sums = [math.fsum(next(found) for _ in part) for part in parts]
-                journal.add(map(finished, some, sums, [len(one) - 1 for one in ids]))
-                tokens += sum(len(one) - 1 for one in ids)
-                bar.update(sum(row["bytes"] for row in some))
-                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
-        result.rows = journal.rows()
+    result = new_result(name, args, (TASK, VERSION), "one BOS, else EOS, before each text", settings)
+
+    def measure(some: list[dict]) -> tuple[list[dict], int]:
+        ids = [with_prefix(encoder.encode_text(row["text"]), tokenizer) for row in some]
+        parts = [list(sliding_windows(one, size, stride)) for one in ids]
+        windows = [window for part in parts for window in part]
+        found = iter(log_likelihoods(model, windows, tokenizer.pad_token_id, args.batch_size))
+        sums = [math.fsum(next(found) for _ in part) for part in parts]
+        tokens = [len(one) - 1 for one in ids]
+        return list(map(finished, some, sums, tokens)), sum(tokens)
+
+    measure_rows(result, rows, measure, args, name)
     result.metrics = summarise(result.rows)
-    result.seconds = round(time.perf_counter() - started, 2)
     return result
 
 

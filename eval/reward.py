@@ -8,7 +8,6 @@ Rows: preference pairs as recipes/reward.py takes them, {"prompt", "chosen", "re
 eval/README.md says what the numbers mean.
 """
 
-import time
 from argparse import Namespace
 
 from alignment.calibration import (
@@ -18,8 +17,17 @@ from alignment.calibration import (
     reliability,
     win_probabilities,
 )
-from alignment.evaluation import choose_rows, dtype_of, keep, make_parser, read_arguments, show_all
-from alignment.report import Result, mean_metric, package_versions, run_id, text_hash
+from alignment.evaluation import (
+    choose_rows,
+    dtype_of,
+    keep,
+    make_parser,
+    measure_rows,
+    new_result,
+    read_arguments,
+    show_all,
+)
+from alignment.report import Result, mean_metric, text_hash
 from alignment.rewards import last_text
 
 TASK, VERSION = "reward", 1
@@ -41,47 +49,23 @@ def read_pairs(args: Namespace) -> list[dict]:
 
 def evaluate(name: str, rows: list[dict], args: Namespace) -> Result:
     """Load one reward model, let it score both answers of each pair, and return its result."""
-    from tqdm import tqdm
-
     from alignment.generation import process_state
-    from alignment.journal import Journal
     from alignment.rewarding import RewardModel
 
     options = {"load_in_4bit": args.load_in_4bit, "trust_remote_code": args.trust_remote_code}
     judge = RewardModel(args.models[name], args.batch_size, dtype_of(args), **options)
-    state = process_state(args.use_cpu)
-    judge.to(state.device)
-    result = Result(
-        task=TASK,
-        version=VERSION,
-        data=args.data,
-        model=args.models[name],
-        run=run_id(args.models[name]),
-        prompt_hash=text_hash("the reward model's own template"),
-        settings={"dtype": dtype_of(args), "load_in_4bit": args.load_in_4bit},
-        rows=[],
-        metrics={},
-        versions=package_versions("torch", "transformers", "peft"),
-    )
-    started = time.perf_counter()
-    with Journal(result, [row["id"] for row in rows], args.files[name], args.resume) as journal:
-        mine = journal.todo(rows)[state.process_index :: state.num_processes]
-        tokens, quiet = 0, None if state.is_main_process else True
-        with tqdm(total=len(mine), desc=name, unit="pair", disable=quiet) as bar:
-            for at in range(0, len(mine), args.batch_size):
-                some = mine[at : at + args.batch_size]
-                ids = [judge.encode(row["prompt"] or "", row[side]) for side in SIDES for row in some]
-                scores = judge.score(ids)
-                lengths = [judge.answer_tokens(row[side]) for side in SIDES for row in some]
-                n = len(some)
-                made = zip(some, scores[:n], scores[n:], lengths[:n], lengths[n:], strict=True)
-                journal.add(finished(row, (a, b), (c, d)) for row, a, b, c, d in made)
-                tokens += sum(map(len, ids))
-                bar.update(len(some))
-                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
-        result.rows = journal.rows()
+    judge.to(process_state(args.use_cpu).device)
+    result = new_result(name, args, (TASK, VERSION), "the reward model's own template", {})
+
+    def measure(some: list[dict]) -> tuple[list[dict], int]:
+        ids = [judge.encode(row["prompt"] or "", row[side]) for side in SIDES for row in some]
+        scores, n = judge.score(ids), len(some)
+        lengths = [judge.answer_tokens(row[side]) for side in SIDES for row in some]
+        made = zip(some, scores[:n], scores[n:], lengths[:n], lengths[n:], strict=True)
+        return [finished(row, (a, b), (c, d)) for row, a, b, c, d in made], sum(map(len, ids))
+
+    measure_rows(result, rows, measure, args, name)
     result.metrics = summarise(result.rows)
-    result.seconds = round(time.perf_counter() - started, 2)
     return result
 
 

@@ -8,14 +8,23 @@ Baseline and models are result files of eval/generate.py (no answer is made twic
 greedily first. eval/README.md says what the numbers mean.
 """
 
-import time
 from argparse import Namespace
 from pathlib import Path
 
 from alignment.compare import join, mcnemar, p_text
 from alignment.errors import InputError
-from alignment.evaluation import choose_rows, dtype_of, keep, load, make_parser, read_arguments, show_all
-from alignment.report import Result, mean_metric, package_versions, read_result, run_id, text_hash
+from alignment.evaluation import (
+    choose_rows,
+    dtype_of,
+    keep,
+    load,
+    make_parser,
+    measure_rows,
+    new_result,
+    read_arguments,
+    show_all,
+)
+from alignment.report import Result, mean_metric, read_result, run_id, text_hash
 from alignment.rewards import last_text
 
 TASK, VERSION = "win_rate", 1
@@ -57,7 +66,7 @@ def read_answers(path: str) -> list[dict]:
 
 
 def make_judge(args: Namespace):
-    """Return (what judges a list of contests, counts the tokens of an answer, the kind of judge)."""
+    """Return (a function of contests that gives their verdicts, the judge's tokenizer, the kind of judge)."""
     from alignment.generation import process_state
     from alignment.judging import has_score_head, judge_by_model, judge_by_reward, read_judge_prompt
     from alignment.rewarding import RewardModel, check_scores
@@ -70,60 +79,42 @@ def make_judge(args: Namespace):
         return lambda contests: judge_by_reward(reward, contests, args.margin), reward.tokenizer, "reward model"
     wording = read_judge_prompt(args.judge_prompt)
     model, tokenizer = load(args.judge, args)
-    judge = lambda contests: judge_by_model(model, tokenizer, contests, wording, args.batch_size)  # noqa: E731
-    return judge, tokenizer, "language model"
+    return (
+        lambda contests: judge_by_model(model, tokenizer, contests, wording, args.batch_size),
+        tokenizer,
+        "language model",
+    )
 
 
-def evaluate(name: str, baseline: list[dict], args: Namespace, judge, tokenizer, kind: str) -> Result:
+def evaluate(name: str, baseline: list[dict], args: Namespace, judge: tuple) -> Result:
     """Let the judge compare one model with the baseline, and return its result, on every process alike."""
-    from tqdm import tqdm
-
-    from alignment.generation import process_state
-    from alignment.journal import Journal
     from alignment.judging import Contest, read_judge_prompt
 
-    names = (args.baseline_name, name)
-    pairs = join(baseline, answers_of(name, args.models[name], args), names=names)
+    decide, tokenizer, kind = judge
+    pairs = join(baseline, answers_of(name, args.models[name], args), names=(args.baseline_name, name))
     wording = read_judge_prompt(args.judge_prompt) if kind == "language model" else ""
-    answers = text_hash([(a["text"], b["text"]) for a, b in pairs])  # --resume must not mix those of two runs
     settings = {"baseline": args.baseline, "judge": args.judge, "kind": kind, "judge_run": run_id(args.judge)}
-    result = Result(
-        task=TASK,
-        version=VERSION,
-        data=args.data,
-        model=args.models[name],
-        run=run_id(args.models[name]),
-        prompt_hash=text_hash({"judge": args.judge, "wording": wording}),
-        settings=settings | {"margin": args.margin, "dtype": dtype_of(args), "answers": answers},
-        rows=[],
-        metrics={},
-        versions=package_versions("torch", "transformers", "peft"),
-    )
-    started, state = time.perf_counter(), process_state()
-    with Journal(result, [a["id"] for a, _ in pairs], args.files[name], args.resume) as journal:
-        mine = [(a, b) for a, b in pairs if a["id"] not in journal.done][state.process_index :: state.num_processes]
-        quiet, size = None if state.is_main_process else True, args.batch_size
-        with tqdm(total=len(mine), desc=f"{name} against {args.baseline_name}", unit="pair", disable=quiet) as bar:
-            tokens = 0
-            for at in range(0, len(mine), size):
-                some = mine[at : at + size]
-                found = judge([Contest(a["turns"], a["text"], b["text"]) for a, b in some])
-                lengths = [[len(tokenizer(row["text"])["input_ids"]) for row in pair] for pair in some]
-                rows = zip(some, found, lengths, strict=True)
-                journal.add({"id": a["id"], **v, **finished(a, b, n)} for (a, b), v, n in rows)
-                tokens += sum(map(sum, lengths))
-                bar.update(len(some))
-                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} answer tokens/s")
-        result.rows = journal.rows()
+    # --resume must not mix the answers of two runs
+    settings |= {"margin": args.margin, "answers": text_hash([(a["text"], b["text"]) for a, b in pairs])}
+    result = new_result(name, args, (TASK, VERSION), {"judge": args.judge, "wording": wording}, settings)
+
+    def measure(some: list[dict]) -> tuple[list[dict], int]:
+        contests = [Contest(row["turns"], row["baseline_text"], row["text"]) for row in some]
+        lengths = [[len(tokenizer(row[key])["input_ids"]) for key in ("text", "baseline_text")] for row in some]
+        made = [finished(*three) for three in zip(some, decide(contests), lengths, strict=True)]
+        return made, sum(map(sum, lengths))
+
+    rows = [{"id": a["id"], "turns": a["turns"], "text": b["text"], "baseline_text": a["text"]} for a, b in pairs]
+    measure_rows(result, rows, measure, args, name)
     result.metrics = summarise(result.rows)
-    result.seconds = round(time.perf_counter() - started, 2)
     return result
 
 
-def finished(baseline: dict, candidate: dict, lengths: list[int]) -> dict:
-    """Return the rest of a row of the result file."""
-    found = {"tokens": lengths[1], "baseline_tokens": lengths[0], "prompt": last_text(baseline["turns"])}
-    return found | {"text": candidate["text"], "baseline_text": baseline["text"]}
+def finished(row: dict, verdict: dict, lengths: list[int]) -> dict:
+    """Return the row of the result file."""
+    found = {"id": row["id"], **verdict, "tokens": lengths[0], "baseline_tokens": lengths[1]}
+    texts = {"text": row["text"], "baseline_text": row["baseline_text"]}
+    return found | {"prompt": last_text(row["turns"])} | texts
 
 
 def summarise(rows: list[dict]) -> dict[str, dict]:
@@ -178,11 +169,11 @@ def main() -> None:
     args.baseline_name = Path(args.baseline).name.removesuffix(".json")
     if args.margin < 0:
         raise InputError(f"--margin is {args.margin}", fix="0 or more")
-    judge, tokenizer, kind = make_judge(args)
+    judge = make_judge(args)
     baseline = answers_of(args.baseline_name, args.baseline, args)
     results = {}
     for name in args.models:
-        results[name] = evaluate(name, baseline, args, judge, tokenizer, kind)
+        results[name] = evaluate(name, baseline, args, judge)
         keep(name, results[name], args)
     from alignment.generation import process_state
 
