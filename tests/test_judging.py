@@ -13,6 +13,7 @@ from eval_runs import run_script, save_reward_model, write_rows
 
 from alignment.calibration import expected_calibration_error, rank_correlation, reliability, win_probabilities
 from alignment.errors import InputError
+from alignment.journal import Journal
 from alignment.judging import (
     PROMPT,
     Contest,
@@ -105,6 +106,30 @@ def test_the_script_measures_a_reward_model(monkeypatch, reward_model, tmp_path,
     table = [line for line in out.splitlines() if not line.startswith(("written:", "next:", "drawn:"))]
     assert max(map(len, table)) <= 100 and "calibration error" in out
     assert read_result(tmp_path / "out" / "b.json").rows == result.rows
+
+
+def test_an_interrupted_measurement_goes_on_where_it_was(monkeypatch, reward_model, tmp_path):
+    rows = write_rows(tmp_path / "pairs.jsonl", PAIRS)
+    words = ["--model", reward_model, "--data", rows, "--batch_size", 5]
+    run_script(monkeypatch, "reward", *words, "--output", tmp_path / "whole.json")
+    add, kept = Journal.add, []
+
+    def interrupted(self, made):
+        if kept:
+            raise KeyboardInterrupt
+        kept.extend(made)
+        add(self, kept)
+
+    monkeypatch.setattr(Journal, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_script(monkeypatch, "reward", *words, "--output", tmp_path / "r.json")
+    again = []
+    monkeypatch.setattr(Journal, "add", lambda self, made: (again.extend(made), add(self, made)))
+    run_script(monkeypatch, "reward", *words, "--output", tmp_path / "r.json", "--resume")
+    assert len(kept) == 5 and len(again) == 7
+    whole, resumed = read_result(tmp_path / "whole.json").rows, read_result(tmp_path / "r.json").rows
+    assert [row["id"] for row in whole] == [row["id"] for row in resumed]
+    assert [row["margin"] for row in whole] == pytest.approx([row["margin"] for row in resumed], abs=1e-5)
 
 
 def test_a_reward_adapter_is_measured(monkeypatch, toy, tmp_path):
