@@ -31,7 +31,7 @@ from alignment.text_metrics import (
     pass_at_k,
     rouge,
     token_f1,
-)  # fmt: skip
+)
 
 VOTED = ("exact", "number", "contains", "f1", "gsm8k")  # verifiers of short answers, which can be the same
 TASK, VERSION = "generate", 1  # raise the version when the same answers would get another score
