@@ -8,6 +8,7 @@ Baseline and models are result files of eval/generate.py (no answer is made twic
 greedily first. eval/README.md says what the numbers mean.
 """
 
+import textwrap
 from argparse import Namespace
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def main() -> None:
     show_all(results, args)
     if process_state().is_main_process:
         for name, result in results.items():
-            print("- " + say(name, result, args.baseline_name))
+            print(textwrap.fill("- " + say(name, result, args.baseline_name), 100, subsequent_indent="  "))
 
 
 if __name__ == "__main__":
