@@ -1,23 +1,33 @@
 """What every script in eval/ shares: the flags, the models and their result files, the table at the end."""
 
 import sys
+import time
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from alignment.config import Parser, install_excepthook, with_underscores
 from alignment.errors import InputError, nearest
-from alignment.report import Result, check_free, results_table, write_result
+from alignment.report import (
+    Result,
+    check_free,
+    package_versions,
+    results_table,
+    run_id,
+    text_hash,
+    write_result,
+)
 
 
-def make_parser(description: str, data: str) -> Parser:
-    """Return a parser with the flags of all evaluations; `data` is the default of --data."""
+def make_parser(description: str, data: str, output: str = "outputs/eval") -> Parser:
+    """Return a parser with the flags of all evaluations; `data` and `output` are the defaults of these flags."""
     parser = Parser(description=description)
     add = parser.add_argument
     add("--model", nargs="+", required=True, help="checkpoint folders or hub ids, or name=checkpoint")
     add("--data", default=data, help=f"a file, a folder (its test split), a hub id or a data/*.yaml [{data}]")
-    add("--output", help="result file (.json), or a folder when there are several models [outputs/eval]")
+    add("--output", default=output, help=f"result file (.json), or a folder when there are several models [{output}]")
     add("--overwrite", action="store_true", help="replace result files that exist")
     add("--resume", action="store_true", help="go on with an interrupted evaluation: finished rows stay as they are")
     add("--limit", type=int, help="this many rows, drawn at random but the same for every model")
@@ -66,16 +76,16 @@ def name_models(words: list[str]) -> dict[str, str]:
     for word in words:
         name, equals, path = word.partition("=")
         if not equals or "/" in name:
-            name, path = Path(word).name or word, word
+            name, path = Path(word).name.removesuffix(".json") or word, word
         if name in models:
             raise InputError(f"two models are called {name}", where="--model", fix=f"give one a name: other={path}")
         models[name] = path
     return models
 
 
-def name_files(models: Mapping[str, str], output: str | None, overwrite: bool) -> dict[str, Path]:
+def name_files(models: Mapping[str, str], output: str, overwrite: bool) -> dict[str, Path]:
     """Return the result file of each model; raises InputError when one exists or cannot be written."""
-    target = Path(output or "outputs/eval")
+    target = Path(output)
     if target.suffix == ".json" and len(models) > 1:
         raise InputError(
             f"{len(models)} models and one result file",
@@ -120,23 +130,90 @@ def dtype_of(args: Namespace) -> str:
     return "bfloat16" if process_state(args.use_cpu).device.type == "cuda" else "float32"
 
 
-def keep(name: str, result: Result, args: Namespace, texts: Mapping[str, str] | None = None) -> None:
+def new_result(
+    name: str, args: Namespace, task: tuple[str, int], wording: Any, settings: dict, packages: Sequence[str] = ()
+) -> Result:
+    """Return the result of one model without its rows.
+
+    Args:
+        name: of the model, in `args.models`.
+        args: the command line.
+        task: what is measured, and its version.
+        wording: what is put around the rows; models are compared on the same only.
+        settings: what else the numbers depend on; dtype and quantisation are added.
+        packages: beside torch and its companions, those that had a part in it.
+    """
+    return Result(
+        task=task[0],
+        version=task[1],
+        data=args.data,
+        model=args.models[name],
+        run=run_id(args.models[name]),
+        prompt_hash=text_hash(wording),
+        settings=settings | {"dtype": dtype_of(args), "load_in_4bit": args.load_in_4bit},
+        rows=[],
+        metrics={},
+        versions=package_versions("torch", "transformers", "peft", "accelerate", *packages),
+    )
+
+
+def measure_rows(
+    result: Result,
+    rows: Sequence[dict[str, Any]],
+    measure: Callable[[list[dict[str, Any]]], tuple[list[dict[str, Any]], int]],
+    args: Namespace,
+    name: str,
+) -> None:
+    """Fill `result.rows`: every process measures its share in batches, finished rows are on disk at once.
+
+    Args:
+        result: of `new_result`.
+        rows: each with an "id"; the finished ones come back in their order.
+        measure: takes a batch and returns its finished rows, with the ids, and how many tokens it read.
+        args: the command line.
+        name: of the model; the progress bar says it.
+    """
+    from tqdm import tqdm
+
+    from alignment.generation import process_state
+    from alignment.journal import Journal
+
+    state, started = process_state(), time.perf_counter()
+    with Journal(result, [row["id"] for row in rows], args.files[name], args.resume) as journal:
+        mine = journal.todo(rows)[state.process_index :: state.num_processes]
+        tokens, quiet = 0, None if state.is_main_process else True
+        with tqdm(total=len(mine), desc=name, unit="row", disable=quiet) as bar:
+            for at in range(0, len(mine), args.batch_size):
+                batch = mine[at : at + args.batch_size]
+                made, read = measure(batch)
+                journal.add(made)
+                tokens += read
+                bar.update(len(batch))
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
+        result.rows = journal.rows()
+    result.seconds = round(time.perf_counter() - started, 2)
+
+
+def keep(name: str, result: Result, args: Namespace, rows: Sequence[dict[str, Any]] = ()) -> None:
     """Write the result of one model, on the main process, and drop the journal of its rows.
 
-    `texts`, id -> what the row asks, is looked for in the rows that the model was trained on.
+    What `rows` ask is looked for in the rows that the model was trained on.
     """
-    from alignment.contamination import check
+    from alignment.contamination import check, question_of
     from alignment.generation import process_state
     from alignment.journal import drop_parts
 
     if process_state().is_main_process:
-        result.contamination = check(result.model, texts) if texts else None
+        result.contamination = check(result.model, {row["id"]: question_of(row) for row in rows}) if rows else None
         write_result(result, args.files[name])
         drop_parts(args.files[name])
 
 
-def show_all(results: Mapping[str, Result], args: Namespace) -> None:
-    """Print the table of all models, where their files are, and what to do next, on the main process."""
+def show_all(results: Mapping[str, Result], args: Namespace, refused: Mapping[str, str] | None = None) -> None:
+    """Print the table of all models, where their files are, and what to do next, on the main process.
+
+    `refused` holds the metrics that these models cannot be compared by, with a sentence that says why.
+    """
     from rich.console import Console
 
     from alignment.contamination import sentence
@@ -147,7 +224,9 @@ def show_all(results: Mapping[str, Result], args: Namespace) -> None:
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     rows = len(next(iter(results.values())).rows)
     console.print(f"[bold]{args.data}, {rows:,} rows[/bold]: mean ± its standard error, shares in per cent")
-    console.print(results_table(results))
+    console.print(results_table(results, refused=list(refused or {})))
+    for name, why in (refused or {}).items():
+        console.print(f"[yellow]{name}: {why}[/yellow]")
     for name, result in results.items():
         if result.run or result.contamination:
             console.print(f"{name}: {sentence(result.contamination)}", style="dim", soft_wrap=True)

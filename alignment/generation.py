@@ -16,6 +16,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -36,6 +38,7 @@ class Decoding:
         top_p: sample from the fewest tokens that hold this probability together.
         num_beams: above 1, beam search.
         seed: of the sampling; each row draws from its own stream.
+        stop_strings: an answer ends before the first of these.
     """
 
     max_new_tokens: int = 256
@@ -44,6 +47,7 @@ class Decoding:
     top_p: float = 1.0
     num_beams: int = 1
     seed: int = 0
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self):
         bounds = {
@@ -53,6 +57,7 @@ class Decoding:
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "num_beams": (self.num_beams >= 1, "1 or more"),
             "seed": (self.seed >= 0, "0 or more"),
+            "stop_strings": (all(self.stop_strings), "texts that are not empty"),
         }
         for name, (fine, wanted) in bounds.items():
             if not fine:
@@ -79,14 +84,16 @@ class Answer:
     Attributes:
         text: the answer without control tokens and outer white space.
         tokens: its length, without the stop token.
-        stopped: it ended by itself, at a stop token, before max_new_tokens.
+        stopped: it ended by itself, at a stop token or string, before max_new_tokens.
         prompt_tokens: length of the prompt.
+        raw: the text with its outer white space, which counts when it goes on with code.
     """
 
     text: str
     tokens: int
     stopped: bool
     prompt_tokens: int
+    raw: str = ""
 
 
 def generate_answers(
@@ -99,6 +106,7 @@ def generate_answers(
     label: str = "answers",
     made: Callable[[dict[int, Answer]], None] | None = None,
     streams: Sequence[int] | None = None,
+    together: int = 1,
 ) -> list[Answer]:
     """Return the model's answer to each prompt, in their order, on every process.
 
@@ -114,6 +122,7 @@ def generate_answers(
         label: what the progress bar says.
         made: is given each batch of this process as soon as it is there: prompt number -> answer.
         streams: the random stream each prompt is sampled from; its number where not given.
+        together: so many neighbouring prompts belong to one row, and are answered by the same process.
 
     Raises:
         InputError: no room for prompt and answer in the model's positions, or a prompt of no tokens.
@@ -122,17 +131,19 @@ def generate_answers(
     ids = [encoder.encode_text(p) if isinstance(p, str) else encoder.encode_prompt(p) for p in prompts]
     check_room(ids, model, decoding.max_new_tokens)
     state, streams = process_state(), streams or range(len(ids))
-    order = sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i))
-    mine = order[state.process_index :: state.num_processes]
+    mine = divide(ids, together, state.process_index, state.num_processes)
     found: list[tuple[int, Answer]] = []
     bar = tqdm(total=len(mine), desc=label, unit="row", disable=None if state.is_main_process else True)
     with bar, torch.inference_mode(), only_config(model, decoding, tokenizer, encoder.stops):
         tokens = 0
         for rows in batches(mine, ids, batch_size, equal=has_virtual_tokens(model)):
             drawn = [streams[i] for i in rows]
-            new = generate_batch(model, tokenizer.pad_token_id, [ids[i] for i in rows], drawn, decoding)
+            width = max(len(ids[i]) for i in rows)
+            ends = [StopAtStrings(tokenizer, decoding.stop_strings, width)] if decoding.stop_strings else []
+            new = generate_batch(model, tokenizer.pad_token_id, [ids[i] for i in rows], drawn, decoding, ends)
             answers = {
-                i: read_answer(tokenizer, out, encoder.stops, len(ids[i])) for out, i in zip(new, rows, strict=True)
+                i: read_answer(tokenizer, out, encoder.stops, len(ids[i]), decoding.stop_strings)
+                for out, i in zip(new, rows, strict=True)
             }
             found += answers.items()
             if made is not None:
@@ -142,6 +153,14 @@ def generate_answers(
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s")
     everyone = dict(gather_object(found))
     return [everyone[i] for i in range(len(ids))]
+
+
+def divide(ids: list[list[int]], together: int, rank: int, processes: int) -> list[int]:
+    """Return the prompts of one process, the longest first; groups of `together` neighbours stay on one."""
+    groups = [range(at, at + together) for at in range(0, len(ids), together)]
+    groups.sort(key=lambda group: (-max(len(ids[i]) for i in group), group.start))
+    mine = [i for group in groups[rank::processes] for i in group]
+    return sorted(mine, key=lambda i: (-len(ids[i]), i))
 
 
 def process_state(use_cpu: bool = False) -> PartialState:
@@ -185,7 +204,9 @@ def check_room(ids: list[list[int]], model: PreTrainedModel | PeftModel, max_new
                 f"{limit:,} positions",
                 where=f"prompt {index + 1}",
                 why="beyond them a model says anything",
-                fix=f"--max_new_tokens {limit - len(tokens)} or less" if len(tokens) < limit else "leave the row out",
+                fix=f"--max_new_tokens {limit - len(tokens)} or less"
+                if len(tokens) < limit
+                else "fewer --shots, or leave the row out",
             )
 
 
@@ -226,6 +247,7 @@ def generate_batch(
     ids: list[list[int]],
     streams: list[int],
     decoding: Decoding,
+    ends: Sequence[StoppingCriteria] = (),
 ) -> list[list[int]]:
     """Return the new token ids of each prompt, padding included; `streams` are the rows' random streams."""
     width = max(map(len, ids))
@@ -235,16 +257,50 @@ def generate_batch(
     processors = LogitsProcessorList()
     if decoding.temperature > 0:
         processors.append(SampleByRow(streams, decoding, device))
-    out = model.generate(input_ids=tokens, attention_mask=mask, logits_processor=processors)
+    if decoding.num_beams > 1:  # a beam that ends early may still lose: cut afterwards
+        ends = ()
+    criteria = StoppingCriteriaList(ends)
+    out = model.generate(input_ids=tokens, attention_mask=mask, logits_processor=processors, stopping_criteria=criteria)
     return out[:, width:].tolist()
 
 
-def read_answer(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stops: set[int], prompt_tokens: int) -> Answer:
-    """Cut new tokens at the first stop token and decode them; what follows it is padding."""
+def read_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: list[int],
+    stops: set[int],
+    prompt_tokens: int,
+    stop_strings: Sequence[str] = (),
+) -> Answer:
+    """Cut new tokens at the first stop token, their text at the first stop string; what follows is padding."""
     end = next((i for i, token in enumerate(tokens) if token in stops), None)
     body = tokens if end is None else tokens[:end]
-    text = tokenizer.decode(body, skip_special_tokens=True).strip()
-    return Answer(text, len(body), end is not None, prompt_tokens)
+    while stop_strings and body and body[-1] == tokenizer.pad_token_id:
+        body = body[:-1]
+    text = tokenizer.decode(body, skip_special_tokens=True)
+    cuts = [at for string in stop_strings if (at := text.find(string)) >= 0]
+    raw = text[: min(cuts, default=len(text))]
+    return Answer(raw.strip(), len(body), end is not None or bool(cuts), prompt_tokens, raw)
+
+
+class StopAtStrings(StoppingCriteria):
+    """Ends a row as soon as one of the strings stands in its new tokens; the prompt does not count.
+
+    Args:
+        tokenizer: decodes the last few tokens at each step.
+        strings: what ends an answer.
+        start: width of the prompts.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], start: int):
+        self.tokenizer, self.strings, self.start = tokenizer, strings, start
+        self.tail = max(len(string.encode()) for string in strings) + 1  # no token is shorter than a byte
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        """Return which rows have ended (rows,)."""
+        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.tail) :].tolist()
+        texts = self.tokenizer.batch_decode(tails, skip_special_tokens=True)
+        ended = [any(string in text for string in self.strings) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 class SampleByRow(LogitsProcessor):

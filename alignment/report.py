@@ -71,6 +71,16 @@ def mean_metric(values: Sequence[float], unit: str = "share") -> dict[str, Any]:
     return {"value": mean, "stderr": stderr, "n": n, "unit": unit}
 
 
+def ratio_metric(tops: Sequence[float], bottoms: Sequence[float], unit: str) -> dict[str, Any]:
+    """Return sum(tops) / sum(bottoms) with its standard error over the rows (the ratio estimator's, linearised)."""
+    n, below = len(tops), math.fsum(bottoms)
+    if n == 0 or below <= 0:
+        raise ValueError("a ratio over nothing")
+    value = math.fsum(tops) / below
+    spread = math.fsum((a - value * b) ** 2 for a, b in zip(tops, bottoms, strict=True))
+    return {"value": value, "stderr": math.sqrt(spread * n / (n - 1)) / below if n > 1 else None, "n": n, "unit": unit}
+
+
 def text_hash(*parts: Any) -> str:
     """Return 16 hex digits that depend on the parts alone (as JSON with sorted keys)."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
@@ -201,19 +211,25 @@ def _check_metrics(metrics: dict, path: Path) -> None:
 
 
 def show(metric: Mapping[str, Any] | None) -> str:
-    """Return "63.2 ± 2.4", in per cent for shares; "-" when it was not measured."""
+    """Return "63.2 ± 2.4", in per cent for shares; "-" when it was not measured. `digits` after the point, or one."""
     if metric is None:
         return "-"
-    scale = 100 if metric.get("unit", "share") == "share" else 1
-    error = "" if metric["stderr"] is None else f" ± {metric['stderr'] * scale:.1f}"
-    return f"{metric['value'] * scale:.1f}{error}"
+    scale, digits = 100 if metric.get("unit", "share") == "share" else 1, metric.get("digits", 1)
+    form = ".1e" if abs(metric["value"] * scale) >= 1e6 else f".{digits}f"
+    error = "" if metric["stderr"] is None else f" ± {metric['stderr'] * scale:{form}}"
+    return f"{metric['value'] * scale:{form}}{error}"
 
 
-def results_table(results: Mapping[str, Result], widest: int = 4) -> Table:
+def results_table(results: Mapping[str, Result], widest: int = 4, refused: Sequence[str] = ()) -> Table:
     """Return the metrics of models on the same rows: a column per model, or beyond `widest` a row per model.
 
-    Shares are in per cent; the number behind ± is the standard error.
+    Shares are in per cent; the number behind ± is the standard error. A metric in `refused` is not comparable between
+    these models, and its numbers are not shown side by side.
     """
+
+    def cell(name: str, result: Result) -> str:
+        return "not comparable" if name in refused else show(result.metrics.get(name))
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     names = list(dict.fromkeys(name for result in results.values() for name in result.metrics))
     if len(results) > widest:
@@ -222,7 +238,7 @@ def results_table(results: Mapping[str, Result], widest: int = 4) -> Table:
         for name in names:
             table.add_column(name, justify="right")
         for model, result in results.items():
-            table.add_row(model, *(show(result.metrics.get(name)) for name in names))
+            table.add_row(model, *(cell(name, result) for name in names))
         return table
     table.add_column("", overflow="fold")
     table.add_column("rows", justify="right", style="dim")
@@ -239,7 +255,8 @@ def results_table(results: Mapping[str, Result], widest: int = 4) -> Table:
         label = (
             name if metrics[0] is None or metrics[0].get("unit", "share") == "share" else _with_unit(name, metrics[0])
         )
-        table.add_row(label, "/".join(f"{c:,}" for c in sorted(counts)), *map(show, metrics))
+        cells = [cell(name, result) for result in results.values()]
+        table.add_row(label, "/".join(f"{c:,}" for c in sorted(counts)), *cells)
     return table
 
 

@@ -35,6 +35,7 @@ class RewardModel:
         path: what recipes/reward.py left, full weights or an adapter.
         batch_size: answers per forward pass; changes the speed only.
         dtype: of the weights.
+        options: `load_in_4bit`, `trust_remote_code`; see `alignment.models.load_checkpoint`.
 
     Raises:
         InputError: it has no score head, or more than one score, or a tokenizer of another model.
@@ -42,10 +43,10 @@ class RewardModel:
 
     __name__ = "reward_model"
 
-    def __init__(self, path: str | Path, batch_size: int = 64, dtype: str | torch.dtype = "float32"):
+    def __init__(self, path: str | Path, batch_size: int = 64, dtype: str | torch.dtype = "float32", **options: bool):
         check_scores(path)
         self.path, self.batch_size = str(path), batch_size
-        self.model, self.tokenizer = load_checkpoint(path, dtype, head="sequence")
+        self.model, self.tokenizer = load_checkpoint(path, dtype, head="sequence", **options)
         self.model.requires_grad_(False)
         self.encoder = ChatEncoder(self.tokenizer)
         self.positions = self.model.config.get_text_config().to_dict().get("max_position_embeddings") or math.inf
@@ -89,6 +90,10 @@ class RewardModel:
         turns = [*prompt, *completion]
         return self.encoder.with_kwargs(kwargs).encode_chat(turns, json.loads(tools) if tools else None).input_ids
 
+    def answer_tokens(self, completion: Any) -> int:
+        """Return how many tokens an answer has, without what its template puts around it."""
+        return len(self.encoder.encode_text(last_text(completion), bos=False))
+
     @torch.inference_mode()
     def score(self, ids: list[list[int]]) -> list[float]:
         """Return one score per sequence of the reward model's own token ids; like lengths share a batch."""
@@ -120,15 +125,15 @@ class RewardModel:
         )
 
 
-def check_scores(path: str | Path) -> None:
-    """Raise InputError when a checkpoint does not give one score per text."""
+def check_scores(path: str | Path, flag: str = "--reward_model") -> None:
+    """Raise InputError when a checkpoint, given by this flag, does not give one score per text."""
     fix = "a folder that recipes/reward.py left"
     if is_adapter(path):
         config = adapter_config(path)
         if config.task_type != "SEQ_CLS":
             raise InputError(
                 f"{path} is the adapter of a language model: it has no score head",
-                where="--reward_model",
+                where=flag,
                 why="its scores would be random numbers",
                 fix=fix,
             )
@@ -141,7 +146,7 @@ def check_scores(path: str | Path) -> None:
         if not any(name.endswith("ForSequenceClassification") for name in names):
             raise InputError(
                 f"{path} has no score head (it is a {', '.join(names) or 'model without a head'})",
-                where="--reward_model",
+                where=flag,
                 why="its scores would be random numbers",
                 fix=fix,
             )
@@ -149,7 +154,7 @@ def check_scores(path: str | Path) -> None:
     if labels != 1:
         raise InputError(
             f"{path} gives {labels} numbers a text: it is a classifier",
-            where="--reward_model",
+            where=flag,
             why="a reward is one number",
             fix=fix + ", or a reward function that makes one number of its answer",
         )

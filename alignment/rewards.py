@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from typing import Any
 
+from alignment.constraints import follows
 from alignment.errors import InputError, nearest
 from alignment.sandbox import code_in, judge
+from alignment.text_metrics import gsm8k_equal, gsm8k_strict, token_f1
 
 # A number as written: 12, -3, 1,234.50, .5, 2e6. A minus counts as a sign only where no word or number
 # stands directly before it, so "3-4" holds 3 and 4.
@@ -104,6 +106,20 @@ def code(text: str, answer: str) -> float:
     return float(judge(code_in(text), answer).passed)
 
 
+def gsm8k(text: str, answer: str) -> float:
+    """1.0 when the number behind "#### " is that of the reference solution: lm-eval's strict match of GSM8K."""
+    return gsm8k_equal(gsm8k_strict(text), answer)
+
+
+def ifeval(text: str, answer: str) -> float:
+    """1.0 when the text follows every instruction in `answer`; `alignment.constraints.follows` says what it holds.
+
+    Raises:
+        InputError: an instruction that is not known, or other arguments than it takes.
+    """
+    return float(all(follows(text, answer)))
+
+
 VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "exact": exact,
     "number": number,
@@ -112,6 +128,9 @@ VERIFIERS: dict[str, Callable[[str, str], float]] = {
     "format": form,
     "length": length,
     "code": code,
+    "f1": token_f1,
+    "gsm8k": gsm8k,
+    "ifeval": ifeval,
 }
 
 

@@ -62,8 +62,9 @@ def steps(folder: str, ways: list[str]) -> dict[str, tuple[str, list[str]]]:
 
 def measure(folder: Path, names: list[str], limit: int | None) -> dict[str, dict]:
     """Return, for each model, the means over the held-out prompts; all answer the same prompts."""
-    from alignment.drift import answer_kl, perplexity
+    from alignment.drift import answer_kl
     from alignment.generation import Decoding, generate_answers
+    from alignment.likelihood import perplexity
     from alignment.models import load_checkpoint
     from alignment.rewarding import RewardModel
     from alignment.rewards import verifier

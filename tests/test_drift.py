@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from alignment.drift import answer_kl, perplexity
+from alignment.drift import answer_kl
+from alignment.likelihood import perplexity
 from alignment.models import load_checkpoint
 
 TEXTS = ["The bread was warm.", "Tom has a dog and lives near the church.", "A swan is white."]

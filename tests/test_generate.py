@@ -5,7 +5,6 @@ import os
 import runpy
 import subprocess
 import sys
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -13,9 +12,11 @@ import torch
 from conftest import ROOT
 
 from alignment.errors import InputError
+from alignment.evaluation import choose_rows
 from alignment.generation import Decoding, SampleByRow, generate_answers
 from alignment.journal import Journal
 from alignment.models import load_checkpoint
+from alignment.questions import read_questions
 from alignment.report import read_result
 
 WORDS = ["The", "boat", "crossed", "the", "river", "before", "rain", "came", "and", "seven", "brown", "foxes"]
@@ -315,9 +316,7 @@ def test_rows_that_cannot_be_scored_are_refused(monkeypatch, tmp_path, row, mess
 def test_rows_of_several_formats_have_a_prompt_and_a_reference(tmp_path, row, words, prompt, verifier):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, [row, row])))
-    script = runpy.run_path(str(ROOT / "eval" / "generate.py"))
-    args = Namespace(data=str(path), verifier=words[1] if words else "exact", limit=None)
-    first, second = script["read_rows"](args)
+    first, second = read_questions(str(path), words[1] if words else "exact")
     assert (first["prompt"], first["answer"], first["verifier"]) == (prompt, "4", verifier)
     assert second["id"] == first["id"] + "#2" and (first["source"], second["row"]) == ("rows.jsonl", 2)
 
@@ -325,11 +324,8 @@ def test_rows_of_several_formats_have_a_prompt_and_a_reference(tmp_path, row, wo
 def test_a_limit_chooses_the_same_rows_every_time_and_keeps_their_order(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "q", "answer": str(i)}) for i in range(50)))
-    script = runpy.run_path(str(ROOT / "eval" / "generate.py"))
-    chosen = [
-        [int(row["answer"]) for row in script["read_rows"](Namespace(data=str(path), verifier="exact", limit=n))]
-        for n in (10, 10, 20)
-    ]
+    rows = read_questions(str(path), "exact")
+    chosen = [[int(row["answer"]) for row in choose_rows(rows, n)] for n in (10, 10, 20)]
     assert chosen[0] == chosen[1] == sorted(chosen[0]) != list(range(10))
     assert set(chosen[0]) < set(chosen[2]), "a larger limit adds rows"
 
