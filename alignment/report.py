@@ -69,6 +69,18 @@ def mean_metric(values: Sequence[float], unit: str = "share") -> dict[str, Any]:
     return {"value": mean, "stderr": stderr, "n": n, "unit": unit}
 
 
+def pooled_metric(groups: Sequence[Sequence[float]], unit: str = "share") -> dict[str, Any]:
+    """Return the mean over all values of several groups, with the spread within the groups as its error.
+
+    As lm-eval's `pooled_sample_stderr` for groups weighted by size: sqrt(sum of squares within / (n - groups) / n).
+    """
+    values = [value for group in groups for value in group]
+    found = mean_metric(values, unit)
+    within = math.fsum((v - math.fsum(group) / len(group)) ** 2 for group in groups for v in group)
+    free = len(values) - len(groups)
+    return found | {"stderr": math.sqrt(within / free / len(values)) if free > 0 else None}
+
+
 def text_hash(*parts: Any) -> str:
     """Return 16 hex digits that depend on the parts alone (as JSON with sorted keys)."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
