@@ -21,13 +21,13 @@ class Prompting:
     Attributes:
         shots: examples in front of each question, the first of its subject's dev split.
         apply_chat_template: put the prompt as a conversation.
-        fewshot_as_multiturn: with it, each example is a turn of its own.
+        fewshot_as_multiturn: in a conversation, each example is a turn of its own.
         wording: the words around the question.
     """
 
     shots: int = 5
     apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
+    fewshot_as_multiturn: bool = True
     wording: Wording = field(default_factory=lambda: WORDINGS["lm_eval"])
 
 

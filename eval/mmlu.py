@@ -162,13 +162,14 @@ def read_command_line() -> Namespace:
     add("--prompt", default="lm_eval", choices=tuple(WORDINGS), help="lm-eval's words, or the authors' [lm_eval]")
     add("--prompts", help="a YAML list of wordings: each is asked, and their spread reported")
     add("--apply_chat_template", action="store_true", help="put the prompt as a conversation")
-    add("--fewshot_as_multiturn", action="store_true", help="with it, each example is a turn of its own")
+    add("--fewshot_as_multiturn", nargs="?", const="true", choices=("true", "false"), help="examples as turns [true]")
     add("--by_subject", action="store_true", help=f"show every subject (more than {FEW} are in the file only)")
     args = read_arguments(parser)
     if args.shots < 0:
         raise InputError(f"--shots is {args.shots}", where="the command line", fix="0 or more")
     if args.fewshot_as_multiturn and not args.apply_chat_template:
         raise InputError("--fewshot_as_multiturn without turns", fix="--apply_chat_template as well")
+    args.fewshot_as_multiturn = args.apply_chat_template and args.fewshot_as_multiturn != "false"  # as lm-eval
     args.wordings = read_wordings(args.prompts) if args.prompts else {args.prompt: WORDINGS[args.prompt]}
     for name in args.models if args.prompts else []:
         for wording in args.wordings.values():
