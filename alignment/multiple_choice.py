@@ -68,15 +68,17 @@ def read_questions(data: str, split: str = "test", subjects: Sequence[str] | Non
     """
     wanted = None if subjects is None else [name.replace(" ", "_") for name in subjects]
     found: dict[str, list[Question]] = {}
+    there = set()
     for where, row in _rows(data, split, wanted):
         question = _checked(row, where)
+        there.add(question.subject)
         if wanted is None or question.subject in wanted:
             found.setdefault(question.subject, []).append(question)
     if not found and wanted is None:
         raise InputError(f"no questions in the split {split}", where=data, fix="another --data or --split")
     for subject in wanted or []:
         if subject not in found:
-            near = nearest(subject, sorted(found.keys() | GROUP_OF.keys()))
+            near = nearest(subject, sorted(there or GROUP_OF))
             raise InputError(
                 f"the subject {subject} has no questions in the split {split}",
                 where=data,

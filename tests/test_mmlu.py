@@ -105,14 +105,16 @@ def test_the_prompt_of_the_authors():
     block = " What is heavy? \nA. air\nB. lead\nC. light\nD. heat\nAnswer:"
     head = "The following are multiple choice questions (with answers) about  high school physics.\n\n"
     assert found == f"{head}{block} B\n\n{block}"
-    assert plain_context(WORDINGS["lm_eval"], [], shot) == head.replace("  ", " ") + block.strip()
+    assert plain_context(WORDINGS["lm_eval"], [], shot) == head.replace("  ", " ") + block.replace(
+        " What is heavy? ", "What is heavy?"
+    )
     turns = chat_messages(WORDINGS["lm_eval"], [shot], shot, multiturn=True)
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
 
 
 def test_long_prompts_lose_whole_examples_then_tokens(tiny):
     questions, examples = rows_of(TINY / "choices", 2, ["reading"])
-    long = Question("reading", "Who? " * 330, ("a", "b", "c", "d"), 0)
+    long = Question("reading", "Who? " * 420, ("a", "b", "c", "d"), 0)
     endless = Question("reading", "Who? " * 3000, ("a", "b", "c", "d"), 0)
     model, tokenizer = tiny
     said = []
