@@ -34,6 +34,8 @@ def read_tasks(args: Namespace):
     except ImportError as error:
         raise InputError("lm-eval is not installed", why=str(error), fix='pip install "plumbline[eval]"') from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if args.data:
+        raise InputError("--data says nothing here", fix="a task names its data; --include_path adds tasks")
     if args.include_path and not Path(args.include_path).is_dir():
         raise InputError(f"there is no folder {args.include_path}", where="--include_path")
     manager = TaskManager(include_path=[str(TASKS), *([args.include_path] if args.include_path else [])])
@@ -123,9 +125,9 @@ def rows_of(leaf: str, task: Any, samples: list[dict], several: bool) -> list[di
     for sample in samples:
         row = rows.setdefault(sample["doc_id"], {"id": text_hash(leaf, sample["doc_hash"], sample["target_hash"])})
         for metric in sample["metrics"]:
-            value = single(sample[metric])
+            value, is_likelihood = single(sample[metric])
             if value is not None:
-                row.setdefault("score", value if better.get(metric, True) else -value)
+                row.setdefault("score", value if is_likelihood or better.get(metric, True) else -value)
                 row[metric if len(filters) == 1 else f"{metric},{sample['filter']}"] = value
         if "score" not in row:
             raise InputError(
@@ -145,13 +147,16 @@ def rows_of(leaf: str, task: Any, samples: list[dict], several: bool) -> list[di
     return [{"id": row.pop("id"), "score": row.pop("score"), **row} for row in rows.values()]
 
 
-def single(value: Any) -> float | None:
-    """Return a metric of one document as a number: a pair (log-likelihood, count) as their ratio."""
+def single(value: Any) -> tuple[float | None, bool]:
+    """Return a metric of one document as a number, None when it is none, and whether it is a log-likelihood.
+
+    Perplexities hand on (log-likelihood, count): their ratio is higher where the perplexity is lower.
+    """
     if isinstance(value, int | float):  # numpy's float64 and bool, too
-        return float(value)
+        return float(value), False
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], float) and isinstance(value[1], int):
-        return value[0] / value[1]
-    return None
+        return value[0] / value[1], True
+    return None, False
 
 
 def metrics_of(task: str, answer: Mapping[str, Any], rows: int) -> dict[str, dict]:
@@ -185,8 +190,6 @@ def main() -> None:
     add("--apply_chat_template", action="store_true", help="put prompts as conversations")
     add("--fewshot_as_multiturn", nargs="?", const="true", choices=("true", "false"), help="examples as turns [true]")
     args = read_arguments(parser)
-    if args.data:
-        raise InputError("--data says nothing here", fix="a task names its data; --include_path adds tasks")
     args.manager, args.kept = read_tasks(args), None
     files = args.files
     if len(args.tasks) > 1:
