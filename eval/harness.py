@@ -38,7 +38,11 @@ def read_tasks(args: Namespace):
         raise InputError("--data says nothing here", fix="a task names its data; --include_path adds tasks")
     if args.include_path and not Path(args.include_path).is_dir():
         raise InputError(f"there is no folder {args.include_path}", where="--include_path")
-    manager = TaskManager(include_path=[str(TASKS), *([args.include_path] if args.include_path else [])])
+    folders = [str(TASKS), *([args.include_path] if args.include_path else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if set(args.tasks) <= set(manager.all_subtasks):
+        return manager  # the thousands of files of lm-eval's own tasks take seconds to read
+    manager = TaskManager(include_path=folders)
     for name in args.tasks:
         if name not in manager.all_tasks:
             near = nearest(name, list(manager.all_tasks))

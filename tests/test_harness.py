@@ -68,7 +68,7 @@ def test_the_default_task_gives_lm_evals_numbers(monkeypatch, tmp_path, capsys):
     model, tokenizer = load_checkpoint(str(MODEL))
     theirs = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), tasks=["village_choices"], limit=30, num_fewshot=2,
-        task_manager=TaskManager(include_path=str(ROOT / "eval" / "tasks")),
+        task_manager=TaskManager(include_path=str(ROOT / "eval" / "tasks"), include_defaults=False),
     )["results"]["village_choices"]  # fmt: skip
     for metric in ("acc", "acc_norm"):
         assert found.metrics[metric]["value"] == pytest.approx(theirs[f"{metric},none"])
