@@ -72,13 +72,15 @@ def mean_metric(values: Sequence[float], unit: str = "share") -> dict[str, Any]:
 def pooled_metric(groups: Sequence[Sequence[float]], unit: str = "share") -> dict[str, Any]:
     """Return the mean over all values of several groups, with the spread within the groups as its error.
 
-    As lm-eval's `pooled_sample_stderr` for groups weighted by size: sqrt(sum of squares within / (n - groups) / n).
+    As lm-eval's `pooled_sample_stderr` for groups weighted by size: sqrt(sum of squares within / (n - groups) / n). A
+    group of one value has no spread to pool: then the error is that of `mean_metric`.
     """
     values = [value for group in groups for value in group]
     found = mean_metric(values, unit)
+    if min(map(len, groups)) < 2:
+        return found
     within = math.fsum((v - math.fsum(group) / len(group)) ** 2 for group in groups for v in group)
-    free = len(values) - len(groups)
-    return found | {"stderr": math.sqrt(within / free / len(values)) if free > 0 else None}
+    return found | {"stderr": math.sqrt(within / (len(values) - len(groups)) / len(values))}
 
 
 def text_hash(*parts: Any) -> str:

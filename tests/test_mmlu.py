@@ -13,7 +13,7 @@ from alignment.errors import InputError
 from alignment.few_shot import Prompting, choose
 from alignment.models import load_checkpoint
 from alignment.multiple_choice import GROUP_OF, LETTERS, Question, read_questions
-from alignment.report import pooled_metric, read_result
+from alignment.report import mean_metric, pooled_metric, read_result
 from alignment.wording import WORDINGS, chat_messages, plain_context, read_wordings, wording_hash
 
 TINY = ROOT / "data" / "tiny"
@@ -96,7 +96,7 @@ def test_pooled_error_is_that_of_lm_eval():
     theirs = pooled_sample_stderr([mean_stderr(group) for group in groups], [len(group) for group in groups])
     found = pooled_metric(groups)
     assert found["stderr"] == pytest.approx(theirs) and found["value"] == 0.6
-    assert pooled_metric([[1.0], [0.0]])["stderr"] is None
+    assert pooled_metric([[1.0], [0.0], [1.0, 0.0]]) == mean_metric([1.0, 0.0, 1.0, 0.0]), "nothing to pool"
 
 
 def test_the_prompt_of_the_authors():
