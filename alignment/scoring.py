@@ -341,12 +341,17 @@ class _Scorer:
         logits, _ = self._forward(ids, mask, places)
         precise = torch.promote_types(logits.dtype, torch.float32)
         values = logits.to(precise).log_softmax(-1)  # (rows, most, vocabulary)
+        wanted = [
+            (number, most - row.count + place, token, row.request, choice)
+            for number, row in enumerate(batch.rows)
+            for choice, target in row.targets
+            for place, token in enumerate(target)
+        ]
+        rows, lines, tokens = torch.tensor([where[:3] for where in wanted], device=values.device).T
         found: dict[int, dict[int, float]] = {}
-        for row, read in zip(batch.rows, values, strict=True):
-            lines = torch.arange(most - row.count, most)
-            for choice, target in row.targets:
-                picked = read[lines, torch.tensor(target)].double().sum().item()
-                found.setdefault(row.request, {})[choice] = picked
+        for (*_, request, choice), value in zip(wanted, values[rows, lines, tokens].double().tolist(), strict=True):
+            found.setdefault(request, {})
+            found[request][choice] = found[request].get(choice, 0.0) + value
         return {request: [picked[i] for i in range(len(picked))] for request, picked in found.items()}
 
     def _forward(
