@@ -70,10 +70,10 @@ def evaluate(name: str, wording: Wording, args: Namespace) -> Result:
 
         if todo:
             model, tokenizer = loaded(name, args)
-            started = time.perf_counter()
+            label, started = name if len(args.wordings) == 1 else f"{name}, {wording.name}", time.perf_counter()
             choose(
                 model, tokenizer, [question for _, question in todo], args.examples, prompting,
-                batch_size=args.batch_size, label=name, made=book,
+                batch_size=args.batch_size, made=book, label=label,
             )  # fmt: skip
         result.rows = journal.rows()
     result.metrics = summarise(result.rows)
