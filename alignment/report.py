@@ -81,6 +81,20 @@ def ratio_metric(tops: Sequence[float], bottoms: Sequence[float], unit: str) -> 
     return {"value": value, "stderr": math.sqrt(spread * n / (n - 1)) / below if n > 1 else None, "n": n, "unit": unit}
 
 
+def pooled_metric(groups: Sequence[Sequence[float]], unit: str = "share") -> dict[str, Any]:
+    """Return the mean over all values of several groups, with the spread within the groups as its error.
+
+    As lm-eval's `pooled_sample_stderr` for groups weighted by size: sqrt(sum of squares within / (n - groups) / n). A
+    group of one value has no spread to pool: then the error is that of `mean_metric`.
+    """
+    values = [value for group in groups for value in group]
+    found = mean_metric(values, unit)
+    if min(map(len, groups)) < 2:
+        return found
+    within = math.fsum((v - math.fsum(group) / len(group)) ** 2 for group in groups for v in group)
+    return found | {"stderr": math.sqrt(within / (len(values) - len(groups)) / len(values))}
+
+
 def text_hash(*parts: Any) -> str:
     """Return 16 hex digits that depend on the parts alone (as JSON with sorted keys)."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)

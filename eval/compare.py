@@ -191,7 +191,7 @@ def show_changed(console: Console, pairs: list, names: tuple[str, str], args: Na
             if "answer" in a:
                 console.print(f"    {'wanted':<12} {a['answer']}", markup=False)
             for name, row in zip(names, (a, b), strict=True):
-                text = " ".join(str(row.get("text", "")).split())[:200]
+                text = " ".join(str(row.get("text", row.get("prediction", ""))).split())[:200]
                 console.print(f"    {name[:12]:<12} {text}  ({row[args.column]:g})", markup=False)
 
 
