@@ -54,17 +54,13 @@ class Item:
 
 
 def pool_of(key: str) -> str:
-    """Return "test", "later", "validation" or "first": which rows may use this content.
+    """Return "test", "later" or "first": which rows may use this content.
 
-    Test content (1 in 10) is asked in no training row and nowhere in the pretraining text. "later" and "validation"
-    content (3 in 10) is asked in preference and feedback rows, "first" content in chat rows: each stage of training
-    brings news. Prompts to train on have "later" content, those to validate on (1 in 10) the other.
+    Test content (1 in 10) is asked in no training row and nowhere in the pretraining text. "later" content (3 in 10) is
+    asked in preference, feedback and prompt rows, "first" content in chat rows: each stage of training brings news.
     """
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 20
-    return "test" if share < 2 else "later" if share < 6 else "validation" if share < 8 else "first"
-
-
-LATER = ("later", "validation")
+    return "test" if share < 2 else "later" if share < 8 else "first"
 
 
 # ---- helpers for the tasks
@@ -705,7 +701,7 @@ def bad_answer(rng: random.Random, item: Item) -> str:
 def preference_rows(rng: random.Random, test: bool) -> Iterator[dict]:
     """Pairs of a right and a bad answer, mostly to the hard questions."""
     while True:
-        prompt, item = asked(rng, ("test",) if test else LATER, hard_share=0.8)
+        prompt, item = asked(rng, ("test",) if test else ("later",), hard_share=0.8)
         pair = {"chosen": [assistant(item.answer)], "rejected": [assistant(bad_answer(rng, item))]}
         yield {"prompt": prompt, **pair, "task": item.task}
 
@@ -713,28 +709,30 @@ def preference_rows(rng: random.Random, test: bool) -> Iterator[dict]:
 def feedback_rows(rng: random.Random, test: bool) -> Iterator[dict]:
     """Single answers with a thumb up or down, half and half."""
     while True:
-        prompt, item = asked(rng, ("test",) if test else LATER, hard_share=0.7)
+        prompt, item = asked(rng, ("test",) if test else ("later",), hard_share=0.7)
         good = rng.random() < 0.5
         said = item.answer if good else bad_answer(rng, item)
         yield {"prompt": prompt, "completion": [assistant(said)], "label": good, "task": item.task}
 
 
 def prompt_rows(rng: random.Random, test: bool) -> Iterator[dict]:
-    """Questions with the answer a program can check, to train on or to test with."""
-    return prompts_about(rng, "test" if test else "later")
-
-
-def prompts_about(rng: random.Random, pool: str) -> Iterator[dict]:
-    """Questions about the contents of one pool, with the answer a program can check."""
+    """Questions with the answer a program can check."""
     while True:
-        prompt, item = asked(rng, (pool,), hard_share=0.6)
+        prompt, item = asked(rng, ("test",) if test else ("later",), hard_share=0.6)
         verifier = "number" if item.answer.isdecimal() else "exact"
         yield {"prompt": prompt, "answer": item.answer, "verifier": verifier, "task": item.task}
 
 
+def question_rows(rng: random.Random, test: bool) -> Iterator[dict]:
+    """The same as plain text, in the layout of the pretraining pages: what a base model can go on with."""
+    for row in prompt_rows(rng, test):
+        if len(row["prompt"]) == 1:  # a page has no system message
+            yield row | {"prompt": f"Q: {row['prompt'][0]['content']}\nA:"}
+
+
 def sentence_rows(rng: random.Random, test: bool) -> Iterator[dict]:
     """Sentences with their mood: 1 good, 0 bad."""
-    pools = ("test",) if test else PAGE
+    pools = ("test",) if test else ("first", "later")
     while True:
         (first, good), (second, also_good) = opinion_from(rng, pools), opinion_from(rng, pools)
         text = f"{first} {second}" if good == also_good and rng.random() < 0.5 else first
@@ -803,7 +801,7 @@ def choice_rows(rng: random.Random, test: bool) -> Iterator[dict]:
     """Multiple-choice questions, the subjects in turn."""
     while True:
         for subject in SUBJECTS:
-            yield choice_row(rng, subject, ("test",) if test else LATER)
+            yield choice_row(rng, subject, ("test",) if test else ("later",))
 
 
 def text_rows(rng: random.Random, test: bool) -> Iterator[dict]:
@@ -842,6 +840,7 @@ FOLDERS: dict[str, tuple[Callable[[random.Random, bool], Iterator[dict]], int, i
     "preferences": (preference_rows, 2000, 400),
     "feedback": (feedback_rows, 2000, 400),
     "prompts": (prompt_rows, 2000, 400),
+    "questions": (question_rows, 2000, 400),
     "sentences": (sentence_rows, 1500, 300),
     "sentence_pairs": (sentence_pair_rows, 1500, 300),
     "choices": (choice_rows, 300, 300),
@@ -863,14 +862,11 @@ def take(rows: Iterator[dict], count: int, seen: set[str]) -> list[dict]:
 
 
 def folder_rows(folder: str, seed: int = SEED) -> dict[str, list[dict]]:
-    """Return the rows of one folder by split: train, test; validation (prompts), dev (choices: five per subject)."""
+    """Return the rows of one folder by split: train, test and, for choices, dev (five per subject)."""
     make, train, test = FOLDERS[folder]
     seen: set[str] = set()
     splits = {"train": take(make(random.Random(f"{seed} {folder} train"), False), train, seen)}
     splits["test"] = take(make(random.Random(f"{seed} {folder} test"), True), test, seen)
-    if folder == "prompts":
-        rows = prompts_about(random.Random(f"{seed} {folder} validation"), "validation")
-        splits["validation"] = take(rows, test, seen)
     if folder == "choices":
         splits["dev"] = take(make(random.Random(f"{seed} {folder} dev"), False), 5 * len(SUBJECTS), seen)
     return splits
@@ -904,7 +900,7 @@ SHARES |= {
     "whose_colour": 2.5,
     "oldest": 3,
 }
-PAGE = ("first", *LATER)  # the contents the pretraining text may ask about
+PAGE = ("first", "later")  # the contents the pretraining text may ask about
 
 
 def mark(text: str) -> str:
@@ -987,7 +983,7 @@ def dialogue(rng: random.Random) -> str:
 def feelings(rng: random.Random) -> str:
     """Return a letter with opinions and the news of the village."""
     one, two = rng.sample(NAMES, 2)
-    opinions = " ".join(opinion_from(rng, PAGE)[0] for _ in range(2))
+    opinions = " ".join(opinion_from(rng, ("first", "later"))[0] for _ in range(2))
     return f"Dear {one}, {opinions} {mark(villager_prose(rng, rng.choice(NAMES)))} Love, {two}"
 
 

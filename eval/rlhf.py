@@ -40,17 +40,18 @@ def steps(folder: str, ways: list[str]) -> dict[str, tuple[str, list[str]]]:
     """Return name -> (what happens, the command after `accelerate launch`)."""
     sft, reward = f"{folder}/sft", f"{folder}/reward"
     start = ["--model_name_or_path", sft]
-    short = ["--max_steps", "80"]  # two thirds of what the recipes do by themselves
+    # a tuned model wants half the rate of the base that the recipes start from; two thirds of their steps
+    asked = ["--data", "data/tiny/prompts", "--learning_rate", "1e-4", "--max_steps", "80"]
     found = {"sft": ("teach the base model to answer", ["recipes/sft.py"])}
     if "ppo" in ways:
         found["reward"] = ("learn what people prefer: a reward model", ["recipes/reward.py", *start])
         scored = ["--reward_model", reward, "--reward_weights", "1.0", "0.1"]
         found["ppo"] = (
             "PPO: the answers' own verifier and the reward model",
-            ["recipes/ppo.py", *start, *scored, *short],
+            ["recipes/ppo.py", *start, *scored, *asked],
         )
     found["dpo"] = ("DPO: the same preferences, no reward model", ["recipes/dpo.py", *start])
-    found["grpo"] = ("GRPO: groups of answers and their verifier", ["recipes/grpo.py", *start, *short])
+    found["grpo"] = ("GRPO: groups of answers and their verifier", ["recipes/grpo.py", *start, *asked])
     found["best_of_n"] = ("best of n: keep the best answers, tune on them", ["recipes/best_of_n.py", *start])
     kept = {"sft", "reward", *ways}
     return {

@@ -1,11 +1,11 @@
 """Group Relative Policy Optimization: sample answers, reward them, prefer the better ones of each group.
 
-    accelerate launch recipes/grpo.py --model_name_or_path outputs/sft   # on top of what recipes/sft.py left
-    accelerate launch recipes/grpo.py --model_name_or_path outputs/sft --peft lora --num_generations 32
-    accelerate launch recipes/grpo.py --dry_run                          # rehearse: do the rewards tell answers apart?
+    accelerate launch recipes/grpo.py                 # the embedded base learns to answer, and to stop
+    accelerate launch recipes/grpo.py --model_name_or_path outputs/sft --data data/tiny/prompts --peft lora
+    accelerate launch recipes/grpo.py --dry_run       # rehearse: do the rewards tell answers apart?
 
 To make it yours, edit DEFAULTS, `to_prompt` and `reward`, or give a YAML with the same keys: --config mine.yaml.
-Then measure what it did: accelerate launch eval/generate.py --model outputs/grpo --data data/tiny/prompts
+Then measure what it did: accelerate launch eval/generate.py --model outputs/grpo --data data/tiny/questions
 """
 
 from alignment.config import RewardArguments, parse
@@ -13,13 +13,13 @@ from alignment.data import load_splits
 from alignment.rewards import verify
 
 DEFAULTS = dict(
-    # What is trained, on what. It wants a model that is right now and then: give the one recipes/sft.py left
+    # What is trained, on what. The model has to be right now and then: a base is, in its own layout
     model_name_or_path="data/tiny/model",
-    data=["data/tiny/prompts"],
+    data=["data/tiny/questions"],
     output_dir="outputs/grpo",
     # How: every weight. --peft lora and qlora take the base model as the reference
     peft="none",
-    learning_rate=1e-4,
+    learning_rate=2e-4,
     lr_scheduler_type="constant",
     beta=0.0,  # the pull back towards the reference; above 0 it costs one more forward pass
     loss_type="dapo",  # grpo, dr_grpo, …: how the loss is averaged over tokens

@@ -1,11 +1,11 @@
 """Proximal Policy Optimisation: sample answers, reward them, let a critic say which token made the difference.
 
-    accelerate launch recipes/ppo.py --model_name_or_path outputs/sft    # on top of what recipes/sft.py left
-    accelerate launch recipes/ppo.py --model_name_or_path outputs/sft --peft lora    # four models on one backbone
-    accelerate launch recipes/ppo.py --dry_run                           # rehearse: do the rewards tell answers apart?
+    accelerate launch recipes/ppo.py                  # the embedded base learns to answer, and to stop
+    accelerate launch recipes/ppo.py --model_name_or_path outputs/sft --data data/tiny/prompts --peft lora
+    accelerate launch recipes/ppo.py --dry_run        # rehearse: do the rewards tell answers apart?
 
 To make it yours, edit DEFAULTS, `to_prompt` and `reward`, or give a YAML with the same keys: --config mine.yaml.
-Then measure what it did: accelerate launch eval/generate.py --model outputs/ppo --data data/tiny/prompts
+Then measure what it did: accelerate launch eval/generate.py --model outputs/ppo --data data/tiny/questions
 """
 
 from alignment.config import RewardArguments, parse
@@ -13,13 +13,13 @@ from alignment.data import load_splits
 from alignment.rewards import verify
 
 DEFAULTS = dict(
-    # What is trained, on what. It wants a model that is right now and then: give the one recipes/sft.py left
+    # What is trained, on what. The model has to be right now and then: a base is, in its own layout
     model_name_or_path="data/tiny/model",
-    data=["data/tiny/prompts"],
+    data=["data/tiny/questions"],
     output_dir="outputs/ppo",
     # How: every weight; a second model is the critic, a third the reference. --peft lora has one backbone for all
     peft="none",
-    learning_rate=1e-4,
+    learning_rate=2e-4,
     critic_learning_rate=1e-3,
     lr_scheduler_type="constant",
     # The pull back towards the reference, and how far an update may go
