@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 import peft
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.nn import functional
@@ -155,7 +156,8 @@ def score_tokens(best: np.ndarray, truth: np.ndarray, labels: Labels) -> dict[st
     """Return F1, precision and recall of spans where the labels are BIO tags, and the accuracy of the tags.
 
     Args:
-        best, truth: (rows, tokens), classes; truth is -100 where nothing is scored.
+        best: (rows, tokens), the classes found.
+        truth: (rows, tokens), the classes wanted; -100 where nothing is scored.
         labels: what they mean.
     """
     sides = [
@@ -171,7 +173,8 @@ def score_spans(starts: np.ndarray, ends: np.ndarray, rows: Dataset, reading: Re
     """Return exact match and F1 in per cent over the questions of a set of windows.
 
     Args:
-        starts, ends: (windows, tokens), scores of the first and last token.
+        starts: (windows, tokens), scores of the first token.
+        ends: (windows, tokens), scores of the last one.
         rows: the windows, in this order, as `encode` made them.
         reading: how answers are chosen.
     """
@@ -196,20 +199,21 @@ def predict(
     model: PreTrainedModel | peft.PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
+    state: PartialState,
     batch_size: int = 64,
     label: str = "",
 ) -> np.ndarray:
     """Return the scores (rows, outputs) of encoded rows in their order, each process doing its share.
 
     Args:
-        model: a model with a sequence head. tokenizer: its tokenizer.
+        model: a model with a sequence head.
+        tokenizer: its tokenizer.
         rows: with "input_ids" (and "token_type_ids"), as `encode` makes them.
+        state: which of the processes this is.
         batch_size: rows at a time; changes the speed only.
         label: what the progress bar says.
     """
-    from alignment.generation import process_state
-
-    state, collate = process_state(), Collator(tokenizer.pad_token_id)
+    collate = Collator(tokenizer.pad_token_id)
     names = [name for name in ("input_ids", "token_type_ids") if name in rows.column_names]
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[state.process_index :: state.num_processes]

@@ -232,7 +232,8 @@ def first_tokens(words: list[str], offsets: list[tuple[int, int]]) -> dict[int, 
     """Return {token: word} for the first token of each word of a text that is the words with spaces between.
 
     Args:
-        words: the words. offsets: of the tokens, in characters of the text; (0, 0) for special tokens.
+        words: the words.
+        offsets: of the tokens, in characters of the text; (0, 0) for special tokens.
     """
     owner: list[int] = []
     for number, word in enumerate(words):

@@ -363,9 +363,7 @@ def _backbone_from(path: str, policy: PreTrainedModel | PeftModel) -> tuple[nn.M
         raise InputError(
             f"{path} is no reward model for this policy",
             where="--critic_model",
-            why="it has no head of one score"
-            if new or model.config.num_labels != 1
-            else "its vocabulary has another size",
+            why="it has no head of one score" if new or model.config.num_labels != 1 else "its vocabulary is another",
             fix="give what recipes/reward.py left",
         )
     return model.base_model.requires_grad_(True), _head(model.score.weight.data)

@@ -211,7 +211,8 @@ def submission(task: Task, indices: list[Any], predictions: list[Any]) -> str:
 
     Args:
         task: the task.
-        indices: of the test rows. predictions: class numbers, or scores, which are kept between 0 and 5.
+        indices: of the test rows.
+        predictions: class numbers, or scores, which are kept between 0 and 5.
     """
     if not task.labels:
         words = [f"{min(max(float(value), 0.0), 5.0):.3f}" for value in predictions]

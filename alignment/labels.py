@@ -1,5 +1,6 @@
 """What labels mean: their names, whether they are numbers to be met, and what can be wrong with them as a whole."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -45,7 +46,7 @@ class Labels:
         """Return a row's label as the loss wants it: the number of its class, or the number itself."""
         if self.regression:
             return float(value)
-        if isinstance(value, str) or isinstance(value, bool) or str(value) in self.names:
+        if isinstance(value, str | bool) or str(value) in self.names:
             return self.names.index(str(value))
         return int(value)
 
@@ -140,15 +141,15 @@ def label_findings(train: list[Any], test: list[Any], labels: Labels) -> list[tu
     """Return (level, what, fix) of everything that can be said about the labels before training.
 
     Args:
-        train, test: the labels of the encoded rows, as `Labels.number` gives them; of tokens those that are scored.
+        train: the labels of the encoded training rows, as `Labels.number` gives them; of tokens those that are scored.
+        test: those of the held-out rows.
         labels: what they mean.
     """
     if labels.regression:
         low, high = min(train), max(train)
         found = [("fact", f"labels: from {low:g} to {high:g}, mean {sum(train) / len(train):.3f}", "")]
-        return [*found, ("error", "all training rows have one and the same label", "other rows")][
-            : 2 if low == high else 1
-        ]
+        alike = [("error", "all training rows have one and the same label", "other rows")]
+        return found + (alike if low == high else [])
     counts, held = Counter(train), Counter(test)
     shares = [f"{labels.names[i]} {n:,} ({n / len(train):.0%})" for i, n in counts.most_common(6)]
     more = f" and {len(counts) - 6} more" if len(counts) > 6 else ""
@@ -169,3 +170,11 @@ def label_findings(train: list[Any], test: list[Any], labels: Labels) -> list[tu
     elif unseen:
         found.append(("warning", f"no row has the label {', '.join(unseen)}", ""))
     return found
+
+
+def against_guessing(loss: float, classes: int) -> tuple[str, str, str]:
+    """Return the finding that compares the first loss of a classifier with that of guessing among its classes."""
+    text = f"before training: loss {loss:.4f} (guessing: ln {classes} = {math.log(classes):.4f})"
+    if loss <= math.log(classes) + 0.5:
+        return "fact", text, ""
+    return "warning", f"{text}, which is worse than guessing", "labels in the order of the model's own, or a new head"

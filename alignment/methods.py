@@ -86,7 +86,7 @@ _OTHER_RATE = 2e-4
 _FULL_RATE = 2e-5
 _CLASSIFIER_RATE = 5e-5  # the upper end of the grid in BERT's paper (Devlin et al. 2019), and transformers' default
 # Preference optimisation and reinforcement learning move an already trained model: a small part of the rate.
-_RECIPE_SCALE = {"dpo": 0.03, "kto": 0.03, "grpo": 0.1, "rloo": 0.1, "ppo": 0.1, "reward": 0.5}
+_RECIPE_SCALE = {"dpo": 0.03, "kto": 0.03, "grpo": 0.1, "rloo": 0.1, "ppo": 0.1, "reward": 0.5, "classify": 0.5}
 
 
 def all_names() -> list[str]:

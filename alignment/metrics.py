@@ -86,7 +86,7 @@ def matthews(predictions: Sequence, references: Sequence) -> dict[str, float]:
 
 
 def f1(predictions: Sequence, references: Sequence, average: str = "binary", pos_label: int = 1) -> dict[str, float]:
-    """F1 of the class `pos_label`, or averaged over classes: "macro" (each alike) or "micro"; 0 where it has no cases."""
+    """F1 of the class `pos_label`, or over classes: "macro" (each alike) or "micro"; 0 where it has no cases."""
     guess, truth = np.asarray(predictions), np.asarray(references)
     if average == "micro":
         return {"f1": accuracy(guess, truth)["accuracy"]}

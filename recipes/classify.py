@@ -28,7 +28,7 @@ DEFAULTS = dict(
     on_long_row="cut",  # its label still stands for what is left; drop and stop are the other ways
     per_device_train_batch_size=32,
     per_device_eval_batch_size=64,
-    num_train_epochs=5,
+    num_train_epochs=3,
     # What is looked at, and what is kept
     eval_strategy="epoch",
     eval_on_start=True,
@@ -43,7 +43,7 @@ DEFAULTS = dict(
 
 
 def to_row(row):
-    """Return {"text", "text_pair" (or not), "label"}; {"tokens", "tags"}; or {"id", "question", "context", "answers"}."""
+    """Return {"text", "label"} and maybe "text_pair"; {"tokens", "tags"}; or {"question", "context", "answers"}."""
     return row
 
 
