@@ -110,6 +110,13 @@ class ClassificationTrainer(Frugal, Trainer):
         self.token_count.add(inputs["attention_mask"].sum(), inputs["attention_mask"].numel())
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save as transformers does; beside an adapter also the configuration, which names the head's outputs."""
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, peft.PeftModel):
+            model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
+
     def _get_eval_sampler(self, eval_dataset: Dataset) -> SequentialSampler:
         return SequentialSampler(eval_dataset)  # sorted by length already, and the scores are read in this order
 

@@ -95,7 +95,7 @@ def key_mapping(config: PretrainedConfig, head: str, trusted: bool) -> dict[str,
         return None
     prefix = class_for(config, head, trusted).base_model_prefix
     causal = MAPPINGS["causal"].get(type(config), None)
-    if causal is None or causal.base_model_prefix == prefix or has_head(config, head):
+    if causal is None or causal.base_model_prefix == prefix:
         return None
     return {rf"^{causal.base_model_prefix}\.": f"{prefix}."}
 
