@@ -1,6 +1,7 @@
 """Read a checkpoint whole, full weights or an adapter on its base, or say what is missing."""
 
 import contextlib
+import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from alignment.folders import (
 )
 from alignment.heads import (
     ENDINGS,
+    NEW_HEADS,
     class_for,
     has_head,
     key_mapping,
@@ -155,6 +157,9 @@ def load_base(
     is_new_head = head != "causal" and not has_head(config, head)
     trusted = options.get("trust_remote_code", False)
     name_outputs(config, head, labels, path)
+    if quantization is not None and head != "causal":  # a new head is trained, which quantised weights cannot be
+        quantization = copy.copy(quantization)
+        quantization.llm_int8_skip_modules = [rf"(.*\.)?{name}" for name in NEW_HEADS]
     if state_dict is None and (renamed := key_mapping(config, head, trusted)):
         options["key_mapping"] = renamed
     source = None if state_dict else str(path)

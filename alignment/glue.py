@@ -172,6 +172,8 @@ def read_tsv(task: Task, path: Path, split: str) -> Iterator[tuple[int, dict]]:
             why=f"its columns are {', '.join(header)}",
             fix=f"is {near!r} meant? Rename it" if near else f"the file of the official download of {task.folder}",
         )
+    if not any(lines[start:]):
+        raise InputError(f"{path.name} has no rows", where=str(path), fix="check how the file was written")
     places = {ours: header.index(theirs) for ours, theirs in wanted.items()}
     for number, line in enumerate(lines[start:], 1):
         cells = line.rstrip("\r").split("\t")

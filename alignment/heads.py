@@ -116,12 +116,11 @@ def saved_labels(path: str | Path) -> list[str] | None:
 
 def prepare_head(model: PreTrainedModel) -> None:
     """Make a new head work on quantised bases and on prompts given as embeddings."""
-    children = dict(model.named_children())
-    for name in ("score", "classifier", "qa_outputs"):
-        if isinstance(layer := children.get(name), torch.nn.Linear):
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and {*name.split(".")} & {*NEW_HEADS}:
             layer.float()
             layer.register_forward_pre_hook(to_weight)
-    if "score" in children:
+    if "score" in dict(model.named_children()):
         model.register_forward_pre_hook(_pad_left, with_kwargs=True)
 
 

@@ -391,9 +391,7 @@ def main() -> None:
     add("--shots", type=int, default=0, help="solved training rows in front of each question, with --prompted [0]")
     args = read_arguments(parser)
     if args.seeds < 1 or args.shots < 0 or (args.shots and not args.prompted):
-        raise InputError(
-            "--seeds is 1 or more; --shots is 0 or more and goes with --prompted", where="the command line"
-        )
+        raise InputError("--seeds is 1 or more, --shots 0 or more and for --prompted only", where="the command line")
     args.tasks = choose_tasks(args)
     results = {}
     for name in args.models:
