@@ -11,6 +11,7 @@ here. Dev rows go into the result file, one a task and seed; test rows into file
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -151,6 +152,13 @@ def train(job: Job, path: str, args: Namespace) -> None:
     again = args.overwrite or (args.resume and before["status"] != "finished")
     start = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *shlex.split(args.launch)]
     more = ["--overwrite_output_dir"] if again and job.folder.exists() else []
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(
+            "there are several processes already",
+            where="accelerate launch",
+            why="each training is a launch of its own",
+            fix="python eval/glue.py, and the processes of a training with --launch",
+        )
     print(f"training: {job.task.name}, seed {job.seed} -> {job.folder}", flush=True)
     done = subprocess.run(
         [*start, str(ROOT / "recipes" / "classify.py"), *more, *flags], capture_output=True, text=True, check=False
@@ -255,6 +263,8 @@ def evaluate(name: str, args: Namespace) -> Result:
 
     path, began = args.models[name], time.perf_counter()
     jobs = jobs_of(name, path, args)
+    if not jobs:
+        raise InputError("no task is left to measure", where="--tasks", fix="a task with label words")
     settings = {"tasks": sorted({job.task.name for job in jobs}), "seeds": sorted({job.seed for job in jobs})}
     settings |= {"train": args.train, "prompted": args.prompted, "shots": args.shots, "dtype": dtype_of(args)}
     wording = {job.task.name: job.task.prompt for job in jobs} if args.prompted else "trained"

@@ -276,19 +276,9 @@ def test_folder_that_is_no_checkpoint(checkpoints, toy_bert, tmp_path):
 def test_glue_trains_over_seeds_and_goes_on(tmp_path, toy_bert, capsys):
     folder, file = tmp_path / "glue", tmp_path / "result.json"
     download(folder, "rte", official("rte"))
-    words = [
-        "--model",
-        f"toy={toy_bert}",
-        "--data",
-        folder,
-        "--seeds",
-        2,
-        "--output",
-        file,
-        "--runs",
-        tmp_path / "runs",
-    ]
-    words += [tmp_path / "runs", "--train", "--max_steps 2 --max_length 64 --save_strategy no", "--use_cpu"]
+    words = ["--model", f"toy={toy_bert}", "--data", folder, "--seeds", 2, "--output", file]
+    words += ["--runs", tmp_path / "runs"]
+    words += ["--train", "--max_steps 2 --max_length 64 --save_strategy no", "--use_cpu"]
     script(ROOT / "eval" / "glue.py", *words)
     result = json.loads(file.read_text())
     assert result["metrics"]["rte/accuracy"]["n"] == 2 and len(result["rows"]) == 48
