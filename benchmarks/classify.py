@@ -6,7 +6,7 @@
 
 Both run in this process, one after the other: the bare Trainer with all weights, ours with each method of --peft. The
 bare one pads random batches, ours batches of like lengths. Seconds are those of training, the preparation of the rows
-included, evaluation not. --output writes JSON, too.
+included, evaluation not; the ratio is of CPU seconds, which a busy neighbour disturbs less. --output writes JSON, too.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def ours(args: argparse.Namespace, peft: str) -> dict:
         first_rows(splits, args)
         held_out = splits.test
         loaded = load_model(run, head="sequence", labels=labels.outputs)
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         splits.ledger.check = lambda: None  # rows were left out behind its back
         rows = encode(splits, loaded, run, labels)
         trainer = ClassificationTrainer(
@@ -76,11 +76,11 @@ def ours(args: argparse.Namespace, peft: str) -> dict:
         )  # fmt: skip
         ready(trainer, loaded)
         trainer.train()
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         found = trainer.evaluate()
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return {
-        "seconds": seconds, "trained": trained, "rate": run.train.learning_rate, "rows": len(rows.train),
+        "seconds": seconds, "cpu": cpu, "trained": trained, "rate": run.train.learning_rate, "rows": len(rows.train),
         "held out": len(held_out), "computed": trainer.token_count.computed, "real": int(trainer.token_count.real),
         **metrics_of(found),
     }  # fmt: skip
@@ -104,7 +104,7 @@ def bare(args: argparse.Namespace) -> dict:
             args.model, num_labels=len(labels.outputs), dtype=torch.float32
         )
         model.config.pad_token_id = tokenizer.pad_token_id
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
 
         def tokens(batch: dict) -> dict:
             texts = (batch["text"], batch["text_pair"]) if "text_pair" in batch else (batch["text"],)
@@ -126,27 +126,29 @@ def bare(args: argparse.Namespace) -> dict:
             compute_metrics=lambda found: score_sequences(found.predictions, found.label_ids, labels),
         )  # fmt: skip
         trainer.train()
-        seconds = time.perf_counter() - began
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         found = trainer.evaluate()
     return {
-        "seconds": seconds, "trained": sum(p.numel() for p in model.parameters()), "rate": args.learning_rate,
+        "seconds": seconds, "cpu": cpu, "trained": sum(p.numel() for p in model.parameters()), "rate": args.learning_rate,
         "rows": len(encoded[0]), "held out": len(encoded[1]), **metrics_of(found),
     }  # fmt: skip
 
 
 def show(found: dict[str, dict], args: argparse.Namespace) -> None:
-    """Print a row for each run; seconds also as a ratio to the bare Trainer's."""
+    """Print a row for each run; CPU seconds also as a ratio to the bare Trainer's."""
     first = next(iter(found.values()))
-    names = [key for key in first if key not in ("seconds", "trained", "rate", "rows", "held out", "computed", "real")]
+    names = [
+        key for key in first if key not in ("seconds", "trained", "rate", "rows", "held out", "computed", "real", "cpu")
+    ]
     what = args.task or args.data
     title = f"{what}: {first['rows']:,} rows, {args.epochs:g} epochs of {args.batch_size}, seed {args.seed}"
     table = Table(title=f"{title}; {first['held out']:,} held-out rows", title_justify="left")
-    for head in ("", "trained", "rate", *names, "seconds", "ratio"):
+    for head in ("", "trained", "rate", *names, "seconds", "CPU s", "ratio"):
         table.add_column(head, justify="left" if not head else "right")
     for name, run in found.items():
-        ratio = run["seconds"] / found["bare"]["seconds"] if "bare" in found else float("nan")
+        ratio = run["cpu"] / found["bare"]["cpu"] if "bare" in found else float("nan")
         cells = [f"{run['trained']:,}", f"{run['rate']:g}", *(f"{run[key]:.3f}" for key in names)]
-        table.add_row(name, *cells, f"{run['seconds']:.0f}", f"{ratio:.2f}")
+        table.add_row(name, *cells, f"{run['seconds']:.0f}", f"{run['cpu']:.0f}", f"{ratio:.2f}")
     Console(width=100).print(table)
 
 

@@ -157,7 +157,7 @@ def train(job: Job, path: str, args: Namespace) -> None:
             "there are several processes already",
             where="accelerate launch",
             why="each training is a launch of its own",
-            fix="python eval/glue.py, and the processes of a training with --launch",
+            fix="start this script with python; --launch gives a training its processes",
         )
     print(f"training: {job.task.name}, seed {job.seed} -> {job.folder}", flush=True)
     done = subprocess.run(

@@ -172,6 +172,29 @@ def test_losses_are_the_textbook_ones():
     torch.testing.assert_close(loss, torch.tensor((1 + 0.25) / 2))
 
 
+def test_a_bare_trainer_learns_the_same(toy_bert, tmp_path):
+    """Same rows, seed and order: transformers' own loss, collator and padding give the same weights."""
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+    file = write(tmp_path / "s.jsonl", sentences(20))
+    flags = ("--data", file, "--model_name_or_path", toy_bert, "--output_dir", tmp_path / "out", "--test_size", 0)
+    flags += ("--learning_rate", 1e-3, "--warmup_steps", 0, "--max_steps", 6, "--train_sampling_strategy", "random")
+    trainer, _, loaded, rows = launch("classify", *flags, "--save_strategy", "no", "--per_device_train_batch_size", 4)
+
+    set_seed(42)
+    model = AutoModelForSequenceClassification.from_pretrained(toy_bert, num_labels=2)
+    columns = [name for name in ("input_ids", "token_type_ids", "labels") if name in rows.train.column_names]
+    settings = TrainingArguments(
+        tmp_path / "bare", learning_rate=1e-3, max_steps=6, seed=42, per_device_train_batch_size=4, use_cpu=True,
+        report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    collator = DataCollatorWithPadding(loaded.tokenizer)
+    bare = Trainer(model, settings, collator, rows.train.select_columns(columns))
+    bare.train()
+    ours, theirs = trainer.model.state_dict(), bare.model.state_dict()
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in theirs)
+
+
 @pytest.mark.parametrize("family", ["toy", "toy_bert"])
 def test_scores_do_not_depend_on_the_batch(family, request):
     from datasets import Dataset
@@ -382,6 +405,15 @@ def test_token_and_span_heads_learn(head, metric, least, tmp_path):
     launch("classify", *flags)
     before, after = held_out(tmp_path / "out", metric)
     assert after > max(before, least)
+
+
+def test_dry_run_looks_and_writes_nothing(toy_bert, tmp_path, capsys):
+    file = write(tmp_path / "s.jsonl", sentences())
+    flags = ("--data", file, "--model_name_or_path", toy_bert, "--output_dir", tmp_path / "out", "--dry_run")
+    launch("classify", *flags)
+    shown = capsys.readouterr().out
+    assert "before training: loss" in shown and "labels: 0" in shown and "good. -> 1" in shown and "Dry run" in shown
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["s.jsonl"]
 
 
 @pytest.mark.slow
