@@ -38,6 +38,7 @@ from alignment.warmstart import ready
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = runpy.run_path(str(ROOT / "recipes" / "classify.py"))["DEFAULTS"]
+NO_METRIC = ("seconds", "cpu", "trained", "rate", "rows", "held out", "computed", "real")
 
 
 def arguments(args: argparse.Namespace, peft: str, folder: str):
@@ -128,8 +129,9 @@ def bare(args: argparse.Namespace) -> dict:
         trainer.train()
         seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         found = trainer.evaluate()
+    trained = sum(p.numel() for p in model.parameters())
     return {
-        "seconds": seconds, "cpu": cpu, "trained": sum(p.numel() for p in model.parameters()), "rate": args.learning_rate,
+        "seconds": seconds, "cpu": cpu, "trained": trained, "rate": args.learning_rate,
         "rows": len(encoded[0]), "held out": len(encoded[1]), **metrics_of(found),
     }  # fmt: skip
 
