@@ -2,7 +2,7 @@
 
     python eval/glue.py --model data/tiny/model                            # two small tasks of our own, about a minute
     python eval/glue.py --model bert-base-uncased --data nyu-mll/glue --tasks cola rte --seeds 5
-    python eval/glue.py --model roberta-base --data mine --train "--peft lora --max_length 128"
+    python eval/glue.py --model roberta-base --data mine --train --peft lora --max_length 128
     python eval/glue.py --model mine=outputs/cola,outputs/rte --data mine
     python eval/glue.py --model data/tiny/model --prompted --shots 4
 
@@ -135,14 +135,14 @@ def command_of(job: Job, path: str, args: Namespace) -> list[str]:
     """Return the flags with which recipes/classify.py trains a job."""
     where = ["--data", job.source] + ([] if job.task.name in EMBEDDED else ["--task", job.task.name])
     flags = ["--model_name_or_path", path, *where, "--seed", str(job.seed), "--output_dir", str(job.folder)]
-    return [*flags, *shlex.split(args.train)]
+    return [*flags, *args.train]
 
 
 def train(job: Job, path: str, args: Namespace) -> None:
     """Launch the recipe unless its folder holds this very run, finished.
 
     Raises:
-        InputError: the recipe failed; its last words are in the message.
+        InputError: the recipe failed; its last words are in the message, all of them in a file beside its folder.
     """
     flags, file = command_of(job, path, args), job.folder / "run.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"status": "", "command": ""}
@@ -160,15 +160,19 @@ def train(job: Job, path: str, args: Namespace) -> None:
             fix="start this script with python; --launch gives a training its processes",
         )
     print(f"training: {job.task.name}, seed {job.seed} -> {job.folder}", flush=True)
-    done = subprocess.run(
-        [*start, str(ROOT / "recipes" / "classify.py"), *more, *flags], capture_output=True, text=True, check=False
-    )
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    log = job.folder.with_name(f"{job.folder.name}.log")
+    with log.open("w", encoding="utf-8") as file:
+        done = subprocess.run(
+            [*start, str(ROOT / "recipes" / "classify.py"), *more, *flags], stdout=file, stderr=file, check=False
+        )
     if done.returncode:
+        said = log.read_text(encoding="utf-8").partition("Traceback")[0].strip().splitlines()
         raise InputError(
             f"training {job.task.name} with seed {job.seed} ended with status {done.returncode}",
             where=shlex.join(["recipes/classify.py", *flags]),
-            why=" | ".join(done.stderr.strip().splitlines()[-6:]),
-            fix="the same command can be run by hand; --resume then goes on",
+            why="\n        ".join(said[-5:]),
+            fix=f"all it said is in {log}; --resume goes on once the reason is gone",
         )
 
 
@@ -266,7 +270,12 @@ def evaluate(name: str, args: Namespace) -> Result:
     if not jobs:
         raise InputError("no task is left to measure", where="--tasks", fix="a task with label words")
     settings = {"tasks": sorted({job.task.name for job in jobs}), "seeds": sorted({job.seed for job in jobs})}
-    settings |= {"train": args.train, "prompted": args.prompted, "shots": args.shots, "dtype": dtype_of(args)}
+    settings |= {
+        "train": shlex.join(args.train),
+        "prompted": args.prompted,
+        "shots": args.shots,
+        "dtype": dtype_of(args),
+    }
     wording = {job.task.name: job.task.prompt for job in jobs} if args.prompted else "trained"
     result = Result(
         NAME, VERSION, args.data, path, run_id(path), text_hash(wording, args.shots), settings, [], {},
@@ -394,7 +403,12 @@ def main() -> None:
     add("--tasks", nargs="+", help="cola sst2 mrpc stsb qqp mnli qnli rte wnli [all that are in --data]")
     add("--seeds", type=int, default=1, help="trainings of each task; small ones differ by points [1]")
     add("--seed", type=int, default=42, help="the first of them, and of the solved examples [42]")
-    add("--train", default="", help='flags for recipes/classify.py: --train "--peft lora --num_train_epochs 3"')
+    add(
+        "--train",
+        nargs="...",
+        default=[],
+        help="the last flag: all that follows is for recipes/classify.py (--train --peft lora --num_train_epochs 3)",
+    )
     add("--launch", default="launch --num_cpu_threads_per_process 1", help="accelerate's words in front of the recipe")
     add("--runs", default="outputs/glue", help="where the trained checkpoints go [outputs/glue]")
     add("--prompted", action="store_true", help="train nothing: ask for the label word, with lm-eval's prompts")

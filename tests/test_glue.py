@@ -277,13 +277,13 @@ def test_glue_trains_over_seeds_and_goes_on(tmp_path, toy_bert, capsys):
     folder, file = tmp_path / "glue", tmp_path / "result.json"
     download(folder, "rte", official("rte"))
     words = ["--model", f"toy={toy_bert}", "--data", folder, "--seeds", 2, "--output", file]
-    words += ["--runs", tmp_path / "runs"]
-    words += ["--train", "--max_steps 2 --max_length 64 --save_strategy no", "--use_cpu"]
-    script(ROOT / "eval" / "glue.py", *words)
+    words += ["--runs", tmp_path / "runs", "--use_cpu"]
+    last = ["--train", "--max_steps", 2, "--max_length", 64, "--save_strategy", "no"]
+    script(ROOT / "eval" / "glue.py", *words, *last)
     result = json.loads(file.read_text())
     assert result["metrics"]["rte/accuracy"]["n"] == 2 and len(result["rows"]) == 48
     assert "±" in capsys.readouterr().out
     file.unlink()
-    script(ROOT / "eval" / "glue.py", *words, "--resume")
+    script(ROOT / "eval" / "glue.py", *words, "--resume", *last)
     assert "training:" not in capsys.readouterr().out  # the checkpoints are there
     assert json.loads(file.read_text())["rows"] == result["rows"]
