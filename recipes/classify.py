@@ -36,7 +36,6 @@ DEFAULTS = dict(
     save_strategy="epoch",
     save_total_limit=1,
     gradient_checkpointing=False,  # true: less memory, a fifth slower
-    train_sampling_strategy="group_by_length",  # rows of like lengths together: less padding
     report_to="none",
     seed=42,
 )
