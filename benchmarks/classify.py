@@ -5,9 +5,9 @@
     python benchmarks/classify.py --model MODEL --task sst2 --data GLUE_FOLDER --rows 5000 --epochs 1
 
 Both run in this process, one after the other: the bare Trainer with all weights, ours with each method of --peft. The
-bare one pads each batch to its longest row, ours runs it as up to four narrower ones. Seconds are those of training, the
-preparation of the rows included, evaluation not; the ratio is of CPU seconds, which a busy neighbour disturbs less.
---output writes JSON, too.
+bare one pads each batch to its longest row, ours runs it as up to four narrower ones. Seconds are those of training,
+with the preparation of the rows and without evaluation; the ratio is of CPU seconds, which a busy neighbour disturbs
+less. --output writes JSON, too.
 """
 
 import argparse
