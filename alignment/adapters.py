@@ -17,6 +17,7 @@ from transformers.integrations import is_fsdp_enabled
 from alignment import targets
 from alignment.config import beside_recipe
 from alignment.errors import InputError
+from alignment.heads import TASK_TYPES
 from alignment.methods import (
     LORA_FLAGS,
     NAMES,
@@ -118,7 +119,7 @@ def peft_config(
         args: the parsed arguments; `peft_args` and the LoRA flags the user set win over our values.
         name: the method, as `resolve` returned it.
         model: the model it goes onto, loaded; its layers decide the targets.
-        head: "causal" or "sequence".
+        head: "causal", "sequence", "token" or "span".
         tokenizer: tells which control tokens the chat template writes.
 
     Raises:
@@ -132,7 +133,9 @@ def peft_config(
     user = {LORA_FLAGS[flag]: vars(args.model)[flag] for flag in lora_flags(args)}
     user |= _checked(args.peft.peft_args, known, name)
     values = chosen.values | _from_model(name, model, known)
-    if head == "sequence" and "modules_to_save" in known:
+    if head in ("token", "span"):
+        values |= _beside_head(name, head, model, values)
+    if head != "causal" and "modules_to_save" in known:
         values["modules_to_save"] = targets.head_modules(model)
     if head == "causal" and "trainable_token_indices" not in user:
         layers, notes = _untrained_rows(name, model, tokenizer)
@@ -141,9 +144,8 @@ def peft_config(
         values["total_step"] = max(args.train.max_steps, 1_000)
     if user.get("target_modules"):
         user["target_modules"] = targets.named(model, user["target_modules"])
-    task = {"causal": "CAUSAL_LM", "sequence": "SEQ_CLS"}[head]
     try:
-        return config_class(task_type=task, **(values | user)), notes
+        return config_class(task_type=TASK_TYPES[head], **(values | user)), notes
     except ImportError as error:  # AdaMSS wants scikit-learn, others may want more
         raise InputError(str(error), where=f"--peft {name}", fix="install it, or choose another method") from error
     except (TypeError, ValueError) as error:
@@ -178,6 +180,24 @@ def _from_model(name: str, model: PreTrainedModel, known: set[str]) -> dict[str,
     if "exclude_modules" in known and targets.has_vision(model):
         values["exclude_modules"] = targets.NOT_TEXT
     return values
+
+
+def _beside_head(name: str, head: str, model: PreTrainedModel, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the targets without the head, which PEFT's "all-linear" spares in a sequence classifier only.
+
+    Raises:
+        InputError: the method puts tokens into the sequence, and this head scores each token.
+    """
+    if name in PROMPT_LEARNING and name not in ("prefix", "cartridge"):
+        raise InputError(
+            f"--peft {name} does not fit --head {head}",
+            where="--peft",
+            why="PEFT puts virtual tokens in front of the row, where scores and positions of its tokens then are off",
+            fix="--peft prefix, whose tokens stand beside the row, or lora",
+        )
+    if values.get("target_modules") != "all-linear":
+        return {}
+    return {"target_modules": targets.linear_layers(model, targets.head_modules(model))}
 
 
 def _untrained_rows(

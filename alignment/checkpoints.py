@@ -1,7 +1,9 @@
 """Read a checkpoint whole, full weights or an adapter on its base, or say what is missing."""
 
 import contextlib
+import copy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -18,10 +20,8 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -34,8 +34,17 @@ from alignment.folders import (
     find_base,
     is_adapter,
 )
-
-_MAPPINGS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING, "sequence": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING}
+from alignment.heads import (
+    ENDINGS,
+    NEW_HEADS,
+    class_for,
+    has_head,
+    key_mapping,
+    name_outputs,
+    prepare_head,
+    saved_labels,
+    to_weight,
+)
 
 
 def load_tokenizer(
@@ -100,7 +109,7 @@ def read_config(
             why="it sees the words to come, so it cannot generate",
             fix="take a decoder (Llama, Qwen, Gemma, …), or use the encoder for classification",
         )
-    if head == "causal" and any(name.endswith("ForSequenceClassification") for name in names):
+    if head == "causal" and any(name.endswith(tuple(ENDINGS.values())) for name in names):
         raise InputError(
             f"{path} is a classifier or reward model ({names[0]})",
             where=where,
@@ -125,18 +134,18 @@ def load_base(
     dtype: str | torch.dtype = "float32",
     quantization: BitsAndBytesConfig | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
-    num_labels: int = 1,
+    labels: Sequence[str] | None = None,
     **options,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Return a model from safetensors, and the names of its modules that are new: not in the checkpoint.
 
     Args:
         path: a folder or a hub id.
-        head: "causal", or "sequence" for `num_labels` scores per row.
+        head: "causal", "sequence" for scores per row, "token" for scores per token, "span" for first and last token.
         dtype: of the weights; "auto" is the checkpoint's own.
         quantization: how to quantise the linear layers while loading.
         state_dict: weights to use in place of those in the folder (its configuration still holds).
-        num_labels: outputs of a sequence head.
+        labels: names of the outputs of a sequence or token head; None keeps those there are, and gives a new head one.
         options: revision, trust_remote_code, attn_implementation.
 
     Raises:
@@ -145,13 +154,18 @@ def load_base(
     if state_dict is None:
         check_model(path, options.get("revision", "main"))
     config = read_config(path, head, options.get("revision", "main"), options.get("trust_remote_code", False))
-    is_new_head = not any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if head == "sequence":
-        config.num_labels = num_labels
+    is_new_head = head != "causal" and not has_head(config, head)
+    trusted = options.get("trust_remote_code", False)
+    name_outputs(config, head, labels, path)
+    if quantization is not None and head != "causal":  # a new head is trained, which quantised weights cannot be
+        quantization = copy.copy(quantization)
+        quantization.llm_int8_skip_modules = [rf"(.*\.)?{name}" for name in NEW_HEADS]
+    if state_dict is None and (renamed := key_mapping(config, head, trusted)):
+        options["key_mapping"] = renamed
     source = None if state_dict else str(path)
     try:
         with _quiet():
-            model, report = _class_for(config, head, options).from_pretrained(
+            model, report = class_for(config, head, trusted).from_pretrained(
                 source, config=config, state_dict=state_dict, dtype=dtype, quantization_config=quantization,
                 device_map=_place(quantization), use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, **options,
@@ -163,31 +177,14 @@ def load_base(
             why=str(error),
             fix="copy or download them again",
         ) from error
-    new = _check_report(model, report, path, new_head=head == "sequence" and is_new_head)
+    new = _check_report(model, report, path, head != "causal", is_new_head)
     model.config._name_or_path = model.name_or_path = str(path)
-    if head == "sequence":
-        _prepare_score(model)
+    if head != "causal":
+        prepare_head(model)
     _keep_unpacked(model)
     if "quantization_config" in vars(model.config) and (output := model.get_output_embeddings()) is not None:
-        output.register_forward_pre_hook(_to_weight)  # IA3 and others hand on 32 bits, the head holds 16
+        output.register_forward_pre_hook(to_weight)  # IA3 and others hand on 32 bits, the head holds 16
     return model, new
-
-
-def _class_for(config: PretrainedConfig, head: str, options: dict):
-    """Return the model class of this configuration (a class of its own code when that is trusted)."""
-    mapping = _MAPPINGS[head]
-    if type(config) in mapping:
-        found = mapping[type(config)]
-        return found[0] if isinstance(found, tuple) else found
-    if options.get("trust_remote_code"):
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-        return AutoModelForCausalLM if head == "causal" else AutoModelForSequenceClassification
-    raise InputError(
-        f"transformers has no {head} head for {config.model_type}",
-        where="--model_name_or_path",
-        fix="take a model whose family has one (Llama, Qwen, Gemma, BERT, …)",
-    )
 
 
 @contextlib.contextmanager
@@ -214,13 +211,16 @@ def _place(quantization: BitsAndBytesConfig | None) -> dict | None:
     return {"": torch.cuda.current_device()}
 
 
-def _check_report(model: PreTrainedModel, report: dict, path: str | Path, new_head: bool) -> list[str]:
+def _check_report(model: PreTrainedModel, report: dict, path: str | Path, head: bool, new_head: bool) -> list[str]:
     """Return the modules of a new head; raise InputError when other weights were not in the checkpoint."""
     backbone = f"{model.base_model_prefix}."
     # a new head, and the pooler that belongs to it in BERT, are trained from scratch
     new = [key for key in report["missing_keys"] if not key.startswith(backbone) or "pooler" in key]
     missing = sorted(set(report["missing_keys"]) - set(new if new_head else []))
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
+    if head:  # a head of another number of classes gives way to a new one
+        new += [key for key in mismatched if not key.startswith(backbone)]
+        mismatched = [key for key in mismatched if key.startswith(backbone)]
     if missing or mismatched:
         raise InputError(
             f"the weights in {path} do not fill the model: {len(missing)} missing, {len(mismatched)} of another shape",
@@ -240,36 +240,6 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
-
-
-def _prepare_score(model: PreTrainedModel) -> None:
-    """Make a sequence head work on quantised bases and on prompts given as embeddings."""
-    if isinstance(score := dict(model.named_children()).get("score"), torch.nn.Linear):
-        score.float()
-        score.register_forward_pre_hook(_to_weight)
-        model.register_forward_pre_hook(_pad_left, with_kwargs=True)
-
-
-def _to_weight(layer: torch.nn.Module, inputs: tuple) -> tuple:
-    """Hand a layer its input in the type of its weights."""
-    return (inputs[0].to(layer.weight.dtype), *inputs[1:])
-
-
-def _pad_left(model: PreTrainedModel, args: tuple, kwargs: dict):
-    """Move padding to the left of rows that come as embeddings, whose score is read at the last place.
-
-    Prompt and p-tuning hand embeddings, among which padding cannot be told from text: the score of a
-    padded row would be read at its padding and depend on the other rows of the batch.
-    """
-    embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-    if embeds is None or mask is None or mask.ndim != 2 or mask.shape[1] != embeds.shape[1]:
-        return args, kwargs
-    # stable sort: padding (0) first, the rest in its order
-    order = mask.long().argsort(dim=1, stable=True)
-    kwargs["inputs_embeds"] = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
-    kwargs["attention_mask"] = mask.gather(1, order)
-    kwargs["position_ids"] = (kwargs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
-    return args, kwargs
 
 
 def adapter_config(path: str | Path) -> peft.PeftConfig:
@@ -374,7 +344,7 @@ def load_checkpoint(
         check_model(path)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     if is_adapter(path):
-        base, _ = load_base(find_base(path), head, **options)
+        base, _ = load_base(find_base(path), head, labels=saved_labels(path), **options)
         check_vocabulary(base, tokenizer, path)
         set_padding(base, tokenizer)
         model = load_adapter(base, path)

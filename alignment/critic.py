@@ -359,11 +359,11 @@ def _backbone_from(path: str, policy: PreTrainedModel | PeftModel) -> tuple[nn.M
             fix="merge it (recipes/merge.py), or train with --peft",
         )
     model, new = load_base(path, "sequence", dtype=policy.dtype)
-    if new or model.config.vocab_size != policy.config.get_text_config().vocab_size:
+    if new or model.config.num_labels != 1 or model.config.vocab_size != policy.config.get_text_config().vocab_size:
         raise InputError(
             f"{path} is no reward model for this policy",
             where="--critic_model",
-            why="it has no score head" if new else "its vocabulary has another size",
+            why="it has no head of one score" if new or model.config.num_labels != 1 else "its vocabulary is another",
             fix="give what recipes/reward.py left",
         )
     return model.base_model.requires_grad_(True), _head(model.score.weight.data)

@@ -47,19 +47,26 @@ class Splits:
     notes: list[str]
 
 
-def load_splits(args: Arguments, kind: str, to_row: ToRow | None = None, alternate: bool = False) -> Splits:
+def load_splits(
+    args: Arguments,
+    kind: str,
+    to_row: ToRow | None = None,
+    alternate: bool = False,
+    plans: list[Plan] | None = None,
+) -> Splits:
     """Read `args.data.data` into a training and a test set.
 
     Args:
         args: `data.data`, `data.eval_data`, `data.test_size`, … and the seed in `train`.
-        kind: "sft", "preference", "unpaired_preference" or "prompt".
+        kind: "sft", "preference", "unpaired_preference" or "prompt"; "sequence", "token" or "span" for labels.
         to_row: the recipe's own function from a converted row to the row the trainer wants.
         alternate: the chat template wants user and assistant to take turns; rows that do not are bad rows.
+        plans: where the rows are, when that is not for `args.data` to say (a benchmark's own files).
 
     Raises:
         InputError: nothing to train on, a file or row that cannot be used (unless `on_bad_row` is "drop").
     """
-    plans = gather(args)
+    plans = gather(args) if plans is None else plans
     to_row = with_verifier(args, to_row) if kind == "prompt" else to_row
     notes: list[str] = []
     seed, test_size = settle(args, plans, notes)

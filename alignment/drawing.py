@@ -12,6 +12,9 @@ LEGEND = {
     "dpo": "the chosen answer up, the rejected one down",
     "kto": "up or down, by its thumb",
     "prompt": "the answers that are sampled to these prompts",
+    "sequence": "the label of each row",
+    "token": "the marked tokens carry the label of their word",
+    "span": "the first and last token of what is marked",
     "reward": "the score of the chosen answer above that of the rejected one",
 }
 
@@ -35,6 +38,8 @@ def draw_masks(rows: Tokenized, plain: bool, count: int = 2, limit: int = 700) -
             if plain and mark:
                 piece = f"[{mark}{piece}{mark}]"
             text.append(piece, style={"": "dim", "+": "bold green", "-": "bold red"}[mark])
+        if rows.form == "sequence":
+            text.append(f" -> {row['labels']:g}", style="bold green")
         lines += [text, Text()]
     return lines
 
@@ -50,7 +55,13 @@ def _one_per_source(rows: Tokenized, count: int) -> list[dict]:
 
 def spans(row: dict[str, Any], form: str) -> list[tuple[list[int], str]]:
     """Return (token ids, mark) runs of an encoded row: "" is read only, "+" trained or wanted, "-" unwanted."""
-    if form == "sft":
+    if form == "sequence":
+        return [(row["input_ids"], "")]
+    if form == "span":
+        first, last = row["start_positions"], row["end_positions"] + 1
+        ids = row["input_ids"]
+        return [(ids[:first], ""), (ids[first:last], "+"), (ids[last:], "")] if last > 1 else [(ids, "")]
+    if form in ("sft", "token"):
         runs: list[tuple[list[int], str]] = []
         for token, label in zip(row["input_ids"], row["labels"], strict=True):
             mark = "+" if label != -100 else ""

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.errors import InputError, nearest
-from alignment.rows import Problem, problems
+from alignment.labelled import CHECKS, LABELLED, LABELS, NEEDED_LABELLED, SINGLES, labelled_columns
+from alignment.rows import Problem
+from alignment.rows import problems as problems_of_answers
 from alignment.turns import (
     as_answer,
     as_side,
@@ -45,14 +47,14 @@ CORE = {
     "preference": ("prompt", "chosen", "rejected"),
     "unpaired_preference": ("prompt", "completion", "label"),
     "prompt": ("prompt",),
-}
+} | LABELLED
 # What of these a row cannot do without: one of the sets.
 NEEDED = {
     "sft": ({"messages"}, {"prompt", "completion"}, {"text"}),
     "preference": ({"chosen", "rejected"},),
     "unpaired_preference": ({"prompt", "completion", "label"},),
     "prompt": ({"prompt"},),
-}
+} | NEEDED_LABELLED
 # Names that TRL gives a meaning to: they never ride along as a spare column.
 MEANT_BY_TRL = {"messages", "prompt", "completion", "chosen", "rejected", "text", "label", "images", "image"}
 RECIPE = {
@@ -62,12 +64,16 @@ RECIPE = {
     "answer": "recipes/sft.py trains on them",
     "text": "recipes/sft.py trains on them",
     "prompt": "a recipe that generates its own answers trains on them",
+    "labelled": "recipes/classify.py trains on them",
 }
 WANTS = {
     "sft": "messages; or prompt and completion; or instruction and output; or text",
     "preference": "prompt, chosen and rejected",
     "unpaired_preference": "prompt, completion and label (or messages and label)",
     "prompt": "prompt (or messages, or question)",
+    "sequence": "text and label; or sentence1, sentence2 and label",
+    "token": "tokens and tags",
+    "span": "question, context and answers",
 }
 # The shapes that can become the rows of a kind.
 FITS = {
@@ -75,7 +81,7 @@ FITS = {
     "preference": ("pair",),
     "unpaired_preference": ("thumb", "pair"),
     "prompt": ("prompt", "pair", "thumb", "answer", "chat"),
-}
+} | dict.fromkeys(LABELLED, ("labelled",))
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,8 @@ def recognise(columns: list[str], samples: list[dict], kind: str) -> Format | No
         samples: a few rows; they decide between text and lists of messages.
         kind: what the rows are wanted for; with "prompt", a column `prompt` is enough.
     """
+    if kind in LABELLED:
+        return labelled_format(columns, kind)
     form = by_columns(columns, samples, kind)
     if form is None or form.shape in FITS[kind]:
         return form
@@ -111,6 +119,25 @@ def recognise(columns: list[str], samples: list[dict], kind: str) -> Format | No
     absent = [name for name in CORE[kind] if name not in columns]
     spare = [name for name in columns if name not in form.columns]
     return None if any(difflib.get_close_matches(name, absent, cutoff=0.75) for name in spare) else form
+
+
+def labelled_format(columns: list[str], kind: str) -> Format | None:
+    """Return the format of rows with labels, or None where a column is missing."""
+    names = labelled_columns(columns, kind)
+    if names is None:
+        return None
+    words = {"sequence": "labelled pairs" if "text_pair" in names else "labelled texts", "token": "tagged words"}
+    return Format(
+        words.get(kind, "questions on texts"),
+        "labelled",
+        tuple(names.values()),
+        lambda r: {ours: r.get(theirs) for ours, theirs in names.items()},
+    )
+
+
+def problems(row: dict[str, Any], kind: str, alternate: bool = False) -> list[Problem]:
+    """Return everything wrong with a converted row of any kind, an empty list when it can be trained on."""
+    return list(CHECKS[kind](row, alternate)) if kind in CHECKS else problems_of_answers(row, kind, alternate)
 
 
 def by_columns(columns: list[str], samples: list[dict], kind: str) -> Format | None:
@@ -346,6 +373,8 @@ def core_columns(kind: str) -> set[str]:
 def unknown_columns(columns: list[str], kind: str, where: str) -> InputError:
     """Build the error for columns that fit no format: what there is, the nearest name, the fix."""
     wanted = [*CORE[kind], *(CONVERSATIONS if kind != "preference" else ()), *PROMPTS]
+    if kind in LABELLED:
+        wanted = [*CORE[kind], *((*SINGLES, *LABELS, "sentence1", "sentence2") if kind == "sequence" else ())]
     close = {ours: theirs for theirs in columns if theirs not in wanted and (ours := nearest(theirs, wanted))}
     names = ", ".join(f"{theirs}: {ours}" for ours, theirs in close.items() if ours not in columns)
     fix = f"rename in a data/*.yaml: columns: {{{names or 'theirs: ours'}}}"

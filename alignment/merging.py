@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from alignment.checkpoints import adapter_config, load_adapter, load_base, load_tokenizer, set_padding
 from alignment.errors import InputError
 from alignment.folders import find_base, is_adapter
+from alignment.heads import kind_of, saved_labels
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -91,8 +92,7 @@ def _adapted(path: str | Path, options: dict | None = None):
             why="virtual tokens are extra input, no change of weights",
             fix="keep the adapter and load it with its base",
         )
-    head = "sequence" if config.task_type == "SEQ_CLS" else "causal"
-    base, _ = load_base(find_base(path), head, dtype="auto", **(options or {}))
+    base, _ = load_base(find_base(path), kind_of(config), dtype="auto", labels=saved_labels(path), **(options or {}))
     if base.config.to_dict().get("quantization_config"):
         raise InputError(
             f"the base {base.name_or_path} is stored quantised",

@@ -84,8 +84,9 @@ METHODS = {
 }
 _OTHER_RATE = 2e-4
 _FULL_RATE = 2e-5
+_CLASSIFIER_RATE = 5e-5  # the upper end of the grid in BERT's paper (Devlin et al. 2019), and transformers' default
 # Preference optimisation and reinforcement learning move an already trained model: a small part of the rate.
-_RECIPE_SCALE = {"dpo": 0.03, "kto": 0.03, "grpo": 0.1, "rloo": 0.1, "ppo": 0.1, "reward": 0.5}
+_RECIPE_SCALE = {"dpo": 0.03, "kto": 0.03, "grpo": 0.1, "rloo": 0.1, "ppo": 0.1, "reward": 0.5, "classify": 0.5}
 
 
 def all_names() -> list[str]:
@@ -199,7 +200,7 @@ def default_learning_rate(name: str, hidden_size: int, recipe: str = "sft") -> f
     """
     scale = _RECIPE_SCALE.get(recipe, 1.0)
     if name == "none":
-        return _FULL_RATE * scale
+        return _CLASSIFIER_RATE if recipe == "classify" else _FULL_RATE * scale
     return float(f"{method(name).rate * (2000 / hidden_size) ** 0.78 * scale:.1e}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from alignment.checkpoints import (
 )
 from alignment.errors import InputError
 from alignment.folders import check_model, find_base, is_adapter
+from alignment.heads import kind_of, saved_labels
 from alignment.memory import memory_estimate, parameters
 from alignment.merging import merge, merge_in_memory
 
@@ -68,12 +70,14 @@ class LoadedModel:
     merged_from: str | None = None
 
 
-def load_model(args: Arguments, head: str = "causal") -> LoadedModel:
+def load_model(args: Arguments, head: str = "causal", labels: Sequence[str] | None = None) -> LoadedModel:
     """Load the model of a run and decide on its adapter; what `args.train` left open is set to suit it.
 
     Args:
         args: the parsed arguments. `--model_name_or_path` is a model, an adapter folder or a hub id.
-        head: "causal" for a language model, "sequence" for one score per row (a reward model).
+        head: "causal" for a language model, "sequence" for scores per row (one for a reward model), "token" for scores
+            per token, "span" for the first and last token of an answer.
+        labels: names of the scores of a classifier.
 
     Raises:
         InputError: the model cannot be used, or the flags contradict each other or the method.
@@ -82,16 +86,24 @@ def load_model(args: Arguments, head: str = "causal") -> LoadedModel:
     if not path:
         raise InputError("no model", where="--model_name_or_path", fix="give a folder or a hub id")
     if is_adapter(path):
-        return _from_adapter(args, path, head)
+        return _from_adapter(args, path, head, labels)
     name = adapters.resolve(args)
     check_model(path, args.model.model_revision)
     model, new = load_base(
         path,
         head,
+        labels=labels,
         dtype=_dtype(args, name),
         quantization=adapters.quantization(args, name),
         **_options(args),
     )
+    if head == "sequence" and labels is None and model.config.num_labels != 1:
+        raise InputError(
+            f"{path} tells {model.config.num_labels} classes apart",
+            where="--model_name_or_path",
+            why="a reward model has one score",
+            fix="give the language model it was made from",
+        )
     tokenizer = load_tokenizer(path, args.model.model_revision, args.train.trust_remote_code)
     return _with_new_adapter(args, name, LoadedModel(model, tokenizer, method=name), head, new)
 
@@ -133,7 +145,7 @@ def _with_new_adapter(args: Arguments, name: str, loaded: LoadedModel, head: str
     loaded.notes += adapters.apply_defaults(args, name, loaded.model)
     loaded.peft_config, notes = adapters.peft_config(args, name, loaded.model, loaded.tokenizer, head)
     loaded.notes += notes
-    if loaded.peft_config is not None and new and head == "sequence":
+    if loaded.peft_config is not None and new and head != "causal":
         saved = loaded.peft_config.modules_to_save
         loaded.peft_config.modules_to_save = [*saved, *(n for n in new if n not in saved)]
     if new:
@@ -141,11 +153,11 @@ def _with_new_adapter(args: Arguments, name: str, loaded: LoadedModel, head: str
     return loaded
 
 
-def _from_adapter(args: Arguments, path: str, head: str) -> LoadedModel:
+def _from_adapter(args: Arguments, path: str, head: str, labels: Sequence[str] | None) -> LoadedModel:
     """Continue an adapter when the run asks for the same kind, else go on from the base with it merged in."""
     config = adapter_config(path)
-    kind = "sequence" if config.task_type == "SEQ_CLS" else "causal"
-    if kind == "sequence" and head == "causal":
+    kind = kind_of(config)
+    if kind != "causal" and head == "causal":
         raise InputError(
             f"{path} is the adapter of a classifier or reward model",
             where="--model_name_or_path",
@@ -157,8 +169,9 @@ def _from_adapter(args: Arguments, path: str, head: str) -> LoadedModel:
         args.sources["peft"] = f"adapter {path}"
     name = adapters.resolve(args)
     new_shape = args.peft.peft_args or adapters.lora_flags(args)
-    if kind == head and adapters.family(name) == config.peft_type.value and not new_shape:
-        return _continue(args, name, path, head)
+    same = kind == head and (labels is None or list(labels) == saved_labels(path))
+    if same and adapters.family(name) == config.peft_type.value and not new_shape:
+        return _continue(args, name, path, head, labels)
     if config.is_prompt_learning:
         raise InputError(
             f"{path} is a {config.peft_type.value.lower()} adapter: it cannot become part of the base",
@@ -166,14 +179,15 @@ def _from_adapter(args: Arguments, path: str, head: str) -> LoadedModel:
             why=f"virtual tokens are no change of weights, so {name} cannot start from them",
             fix=f"--peft {adapters.name_of(config.peft_type.value)} continues it; or start from the base",
         )
-    return _merged(args, name, path, head)
+    return _merged(args, name, path, head, labels)
 
 
-def _continue(args: Arguments, name: str, path: str, head: str) -> LoadedModel:
+def _continue(args: Arguments, name: str, path: str, head: str, labels: Sequence[str] | None = None) -> LoadedModel:
     """Return the adapter on its base, trainable; DPO and KTO keep a frozen copy of it as the reference."""
     base, _ = load_base(
         find_base(path),
         head,
+        labels=labels,
         dtype=_dtype(args, name),
         quantization=adapters.quantization(args, name),
         **_options(args) | {"revision": "main"},
@@ -198,16 +212,16 @@ def _continue(args: Arguments, name: str, path: str, head: str) -> LoadedModel:
     return LoadedModel(model, tokenizer, method=name, notes=notes)
 
 
-def _merged(args: Arguments, name: str, path: str, head: str) -> LoadedModel:
+def _merged(args: Arguments, name: str, path: str, head: str, labels: Sequence[str] | None = None) -> LoadedModel:
     """Return the base with the adapter merged into it in memory, quantised afterwards when asked."""
     dtype, quantization = _dtype(args, name), adapters.quantization(args, name)
     options = _options(args) | {"revision": "main"}
     model, new = merge_in_memory(path, dtype, options), []
-    kind = "sequence" if adapter_config(path).task_type == "SEQ_CLS" else "causal"
-    if head != kind or quantization:
+    other = labels is not None and list(labels) != saved_labels(path)
+    if head != kind_of(adapter_config(path)) or other or quantization:
         state = {key: value.to("cpu") for key, value in model.state_dict().items()}
         model, new = load_base(
-            find_base(path), head, dtype=dtype, quantization=quantization, state_dict=state, **options
+            find_base(path), head, dtype=dtype, quantization=quantization, state_dict=state, labels=labels, **options
         )
     tokenizer = load_tokenizer(path, trust_remote_code=args.train.trust_remote_code)
     note = f"the adapter {path} was merged into its base in memory"

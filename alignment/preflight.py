@@ -19,6 +19,8 @@ from alignment.adapters import PROMPT_LEARNING
 from alignment.drawing import draw_masks, sequences
 from alignment.encoding import LONG, NO_ROOM
 from alignment.errors import InputError
+from alignment.heads import ENDINGS
+from alignment.labels import against_guessing
 from alignment.launch import asked_for
 from alignment.memory import memory_estimate, parameters
 from alignment.tokenization import Tokenized
@@ -52,7 +54,9 @@ def examine(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Findi
         found += _prompts(rows, args) + _rollouts(trainer, rows)
     else:
         found += _plan(trainer, rows)
-        if not isinstance(rows.train, IterableDataset):
+        if rows.form in ENDINGS:
+            found += _lengths(rows, args, loaded) + [Finding(*finding) for finding in rows.findings]
+        elif not isinstance(rows.train, IterableDataset):
             found += _lengths(rows, args, loaded) + _answers(rows) + _bos(rows) + _pairs(rows, args)
         found += _start(trainer, args, loaded, rows)
     return in_order(found)
@@ -339,7 +343,9 @@ def _start(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Findin
     loss, metrics = first_loss(trainer)
     if not math.isfinite(loss):
         return [Finding("error", f"the loss of the first batch is {loss}", "--bf16 false, or another model")]
-    if rows.form in ("sft", "reward"):
+    if rows.form in ("sequence", "token") and (classes := trainer.model.config.num_labels) > 1:
+        return [Finding(*against_guessing(loss, classes))]
+    if rows.form in ("sft", "reward", *ENDINGS):
         return [Finding("fact", f"loss of the first batch before training: {loss:.3f}")]
     plain = _unweighted(args) and args.train.loss_type in (["sigmoid"], "sigmoid", "kto")
     expected = math.log(2) if rows.form == "dpo" else 0.5
@@ -378,8 +384,10 @@ def first_loss(trainer: Any) -> tuple[float, dict[str, float]]:
     trainer.model.eval()
     with trainer.compute_loss_context_manager():
         loss = trainer.compute_loss(trainer.model, batch)
-    metrics = {name: sum(values) / len(values) for name, values in trainer._metrics["eval"].items() if values}
-    trainer._metrics["eval"].clear()
+    metrics = {}
+    if "_metrics" in vars(trainer):  # TRL's trainers keep them
+        metrics = {name: sum(values) / len(values) for name, values in trainer._metrics["eval"].items() if values}
+        trainer._metrics["eval"].clear()
     trainer.model.train(training)
     torch.set_rng_state(state)
     return loss.item(), metrics

@@ -15,13 +15,14 @@ from alignment.formats import (
     convert,
     core_columns,
     is_chat,
+    problems,
     recognise,
     to_chat,
     unknown_columns,
     unpair,
 )
 from alignment.ledger import Ledger
-from alignment.rows import Problem, problems
+from alignment.rows import Problem
 from alignment.sources import Part
 
 ToRow = Callable[[dict], dict]

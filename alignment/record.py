@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignment.critic import policy_of
+from alignment.heads import NEW_HEADS
 from alignment.launch import command
 from alignment.report import write_text
 from alignment.tokenization import Tokenized
@@ -31,8 +32,15 @@ HEADLINE = {
     "dpo": ("loss", "rewards/accuracies", "rewards/margins"),
     "kto": ("loss", "rewards/margins", "kl"),
     "reward": ("loss", "accuracy", "margin"),
+    "sequence": ("loss", "matthews_correlation", "accuracy", "f1", "f1_macro", "pearsonr", "spearmanr"),
+    "token": ("loss", "f1", "precision", "recall", "accuracy"),
+    "span": ("loss", "exact_match", "f1"),
     "prompt": ("reward", "completions/mean_length", "completions/clipped_ratio", "kl"),
 }
+PIPELINES = {
+    "reward": "text-classification", "sequence": "text-classification", "token": "token-classification",
+    "span": "question-answering",
+}  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "plumbline")
 SECRETS = ("hub_token", "push_to_hub_token", "token", "api_key", "password")
 
@@ -71,7 +79,7 @@ def fingerprint(rows: Dataset | IterableDataset) -> str:
                 digest.update(name.encode())
                 digest.update(np.ascontiguousarray(column.value_lengths()).tobytes())
                 digest.update(np.ascontiguousarray(column.flatten(), dtype=np.int64).tobytes())
-            elif pyarrow.types.is_boolean(column.type) or name in read:
+            elif pyarrow.types.is_boolean(column.type) or name in {*read, "labels", "start_positions", "end_positions"}:
                 digest.update(repr(column.to_pylist()).encode())
     return digest.hexdigest()[:16]
 
@@ -88,7 +96,7 @@ def weights_hash(trainer: Any) -> str:
     frozen = {name: weight for name, weight in weights.items() if not weight.requires_grad}
     digest = hashlib.sha256()
     for name, weight in (frozen or weights).items():
-        if not name.endswith("score.weight"):
+        if not {*name.split(".")} & {*NEW_HEADS}:
             part = weight.detach().reshape(-1)[:256].cpu().contiguous()
             digest.update(name.encode() + part.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -171,7 +179,7 @@ def model_card(record: dict[str, Any], args: Any) -> str:
     head = {
         "base_model": model,
         "library_name": "transformers" if args.peft.peft == "none" else "peft",
-        "pipeline_tag": "text-classification" if record["identity"]["form"] == "reward" else "text-generation",
+        "pipeline_tag": PIPELINES.get(record["identity"]["form"], "text-generation"),
         "tags": [args.recipe, "plumbline"],
     }
     lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---"]
@@ -223,7 +231,7 @@ def conclude(console: Console, record: dict[str, Any], rows: Tokenized, folder: 
         console.print(f"To go on: {command(resume=True)}", soft_wrap=True)
         return
     console.print(f"Weights, README.md, run.json and curves.png are in {folder}")
-    if rows.form != "reward":
+    if rows.form not in PIPELINES:
         embedded = all(str(name).startswith("data/tiny") for name in record["arguments"]["data"]["value"])
         console.print(
             ("To measure it: " if embedded else "To measure it, on rows of yours with the columns prompt and answer: ")

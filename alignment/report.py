@@ -22,8 +22,8 @@ TYPES = {
 }  # fmt: skip
 # What a curve shows, best first; "eval_" curves join the panel of their training twin.
 PANELS = (
-    "loss", "rewards/accuracies", "rewards/margins", "reward", "accuracy", "margin", "mean_token_accuracy",
-    "kl",
+    "loss", "rewards/accuracies", "rewards/margins", "reward", "matthews_correlation", "exact_match", "f1", "pearsonr",
+    "accuracy", "margin", "mean_token_accuracy", "kl",
 )  # fmt: skip
 NO_CURVE = {"epoch", "step", "total_flos", "train_loss"}
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -113,6 +113,16 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def linear_layers(model: PreTrainedModel, spared: list[str]) -> list[str]:
+    """Return the last parts of the names of all linear layers of the backbone, without those of the spared modules."""
+    layers = {
+        name.rpartition(".")[2]
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear | Conv1D) and name.partition(".")[0] not in spared
+    }
+    return sorted(layers - {name.rpartition(".")[2] for name in spared})
+
+
 def control_tokens(tokenizer: PreTrainedTokenizerBase, stops: set[int]) -> set[int]:
     """Return the ids of the special tokens that the chat template writes, and the stop tokens."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""

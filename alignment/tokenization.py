@@ -31,10 +31,11 @@ class Tokenized:
     Attributes:
         train, test: columns of COLUMNS[form], "length" (tokens of the longest sequence of the row), "source", "row";
             of the form "prompt" the row's own columns and "prompt_ids", all that the model is given.
-        form: "sft", "dpo", "kto", "reward" or "prompt".
+        form: "sft", "dpo", "kto", "reward" or "prompt"; "sequence", "token" or "span" of rows with labels.
         ledger: rows and tokens up to here. notes: sentences to print.
         encoder: the chat encoder, for whoever wants to encode a prompt in the same way.
         lengths: tokens of every row that was read, before anything was cut, per split.
+        findings: (level, what, fix) of what the encoding found out, for the examination before the first step.
         counts: turns without a stop token, turns skipped, control tokens kept as text, near-equal pairs, …
     """
 
@@ -46,6 +47,7 @@ class Tokenized:
     encoder: ChatEncoder
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
+    findings: list[tuple[str, str, str]] = field(default_factory=list)
 
 
 def tokenize(splits: Splits, loaded: Any, args: Any, form: str) -> Tokenized:
@@ -81,7 +83,7 @@ def tokenize(splits: Splits, loaded: Any, args: Any, form: str) -> Tokenized:
             setattr(result, split, _encode_split(rows, split, result, rules, args))
     if isinstance(result.test, Dataset) and not len(result.test):
         result.test = None
-    notes += _no_evaluation(result, args.train)
+    notes += no_evaluation(result, args.train)
     splits.ledger.check()
     return result
 
@@ -112,7 +114,7 @@ def _room(loaded: Any, args: Any) -> int | None:
     return positions - answer
 
 
-def _no_evaluation(rows: Tokenized, train: Any) -> list[str]:
+def no_evaluation(rows: Tokenized, train: Any) -> list[str]:
     """Switch evaluation off where there is nothing to evaluate on: the trainers would end with an error."""
     wanted = train.eval_strategy != "no"
     if rows.test is None or not wanted:
@@ -164,7 +166,7 @@ def _encode_split(rows: Any, split: str, result: Tokenized, rules: Rules, args: 
     result.lengths[split] = np.asarray(encoded["whole"], dtype=np.int64)
     for name in COUNTS:
         result.counts[f"{split} {name}"] += int(np.sum(encoded[name]))
-    good = _settle(encoded, split, result, args)
+    good = settle(encoded, split, result, args)
     if result.form != "prompt":
         keep = COLUMNS[result.form] + [c for c in ("label", "margin") if c in encoded.column_names]
         return encoded.select(good).select_columns([*keep, "length", "source", "row"])
@@ -203,7 +205,7 @@ class _StreamFilter:
         return False
 
 
-def _settle(encoded: Dataset, split: str, result: Tokenized, args: Any) -> list[int]:
+def settle(encoded: Dataset, split: str, result: Tokenized, args: Any) -> list[int]:
     """Book what was encoded, cut and found unfit; return the places of the rows that stay."""
     names = ["source", "row", "fault", "whole", "given", "lost", "tokens"]
     ledger, columns = result.ledger, encoded.select_columns(names)

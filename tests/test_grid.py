@@ -22,7 +22,7 @@ from alignment.models import load_checkpoint
 README = ROOT / "recipes" / "README.md"
 START, END = "<!-- grid: written by tests/test_grid.py -->\n", "<!-- end of grid -->\n"
 ONLINE = ("grpo", "rloo", "ppo")
-GRID = (*RECIPES, *ONLINE)
+GRID = (*RECIPES, *ONLINE, "classify")
 SAMPLING = {"num_generations": 4, "max_completion_length": 8, "rehearsal_prompts": 0}
 IDS = torch.tensor([[5, 6, 7, 8, 40, 41, 42]])
 SIX = ("none", "lora", "qlora", "dora", "ia3", "prefix", "prompt", "ptuning")
@@ -91,7 +91,7 @@ def check(recipe, name, folder, bits4=False):
     files = {file.name for file in (folder / "out").iterdir()}
     assert ("adapter_model.safetensors" if name != "none" else "model.safetensors") in files
     assert name == "none" or "model.safetensors" not in files, "an adapter is saved without its base"
-    head = "sequence" if recipe == "reward" else "causal"
+    head = "sequence" if recipe in ("reward", "classify") else "causal"
     again = partial(load_checkpoint, dtype=loaded.model.dtype, head=head, load_in_4bit=bits4 or name == "qlora")
     trained = answer(policy_of(before.model))
     torch.testing.assert_close(answer(again(folder / "out")[0]), trained, rtol=1e-5, atol=1e-4)

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 RECIPES = ("sft", "dpo", "kto", "reward")
 ROWS = {"sft": "chat", "dpo": "preferences", "kto": "feedback", "reward": "preferences", "grpo": "prompts"}
-ROWS |= dict.fromkeys(("rloo", "ppo"), ROWS["grpo"])
+ROWS |= dict.fromkeys(("rloo", "ppo"), ROWS["grpo"]) | {"classify": "sentences"}
 SHORT = ("--max_steps", 2, "--eval_strategy", "no", "--save_strategy", "no", "--logging_steps", 1)
 IDS = torch.tensor([[5, 6, 7, 8, 40, 41, 42]])
 
@@ -74,7 +74,7 @@ def answer(folder, head="causal"):
         return load_checkpoint(folder, head=head)[0](input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, "classify"])
 def test_recipe_as_it_is_typed(recipe, tmp_path):
     out = tmp_path / "out"
     words = ["launch", "--num_cpu_threads_per_process", "1", f"recipes/{recipe}.py"]
@@ -89,7 +89,7 @@ def test_recipe_as_it_is_typed(recipe, tmp_path):
     files = {file.name for file in out.iterdir()}
     assert {weights, "tokenizer.json", "chat_template.jinja", "trainer_state.json"} <= files
     assert {"run.json", "README.md", "curves.png"} <= files
-    assert ("generation_config.json" in files) == (recipe != "reward")
+    assert ("generation_config.json" in files) == (recipe not in ("reward", "classify"))
     record, _ = results(out)
     assert record["status"] == "finished" and record["steps"] == 2
     assert record["arguments"]["max_steps"] == {"value": 2, "source": "flag"}
