@@ -225,7 +225,7 @@ def joined_rows(results: dict[str, Result], pair: tuple[str, str], args: Namespa
     for name in pair:
         found = results[name].contamination
         if found and found["found"]:
-            notes.append(f"{name} was trained on {found['found']:,} of these {found['rows']:,} rows")
+            notes.append(f"{found['found']:,} of these {found['rows']:,} rows stand in the training rows of {name}")
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     return join(first.rows, second.rows, names=pair, common=args.common)
@@ -310,7 +310,7 @@ def forgotten(pair: tuple[str, str], found: dict[str, Difference]) -> str:
         return ""
     task, most = max(found.items(), key=lambda item: item[1].visible * scale_of(item[1]))
     size = f"{most.visible * scale_of(most):.1f}"
-    return f"- No loss shown ({len(found)} tasks); at {task} one of less than {size} would mostly go unseen."
+    return f"- No loss shown there; at {task} one of less than {size} would mostly go unseen."
 
 
 def show_groups(console: Console, pairs: list, names: tuple[str, str], args: Namespace) -> None:

@@ -326,7 +326,7 @@ def test_several_tasks_show_what_was_gained_and_what_was_forgotten(suites, monke
 
 def test_without_a_loss_the_size_of_an_unseen_one_is_said(suites, monkeypatch, capsys):
     out = compare(monkeypatch, capsys, *[p for p in suites if "prompts" not in str(p)], "--target", "mmlu")
-    assert "No loss shown (1 tasks)" in out
+    assert "No loss shown there" in out
 
 
 def test_models_keep_their_name_when_files_are_called_by_task(tmp_path, monkeypatch, capsys):
@@ -347,4 +347,4 @@ def test_models_keep_their_name_when_files_are_called_by_task(tmp_path, monkeypa
 def test_rows_that_a_model_was_trained_on_are_said(files, monkeypatch, capsys):
     found = {"rows": 9, "found": 3}
     paths = files(a=result([0.0] * 9), b=result([1.0] * 9, contamination=found))
-    assert "b was trained on 3 of these 9 rows" in compare(monkeypatch, capsys, *paths)
+    assert "3 of these 9 rows stand in the training rows of b" in compare(monkeypatch, capsys, *paths)
