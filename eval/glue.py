@@ -263,6 +263,7 @@ def submit(name: str, job: Job, found: dict[str, list[float]], args: Namespace) 
 
 def evaluate(name: str, args: Namespace) -> Result:
     """Do every job of a model that is not done yet, and return its result."""
+    from alignment.generation import process_state
     from alignment.journal import Journal
 
     path, began = args.models[name], time.perf_counter()
@@ -292,8 +293,9 @@ def evaluate(name: str, args: Namespace) -> Result:
                 if "," not in path and job.folder != Path(path):
                     train(job, path, args)
                 found = read_checkpoint(job, args)
-            submit(name, job, found, args)
-            journal.add(book(job, found))
+            if process_state(args.use_cpu).is_main_process:
+                submit(name, job, found, args)
+                journal.add(book(job, found))
         result.rows = journal.rows()
     result.metrics = summarise(result.rows)
     result.seconds = round(time.perf_counter() - began, 2)
@@ -421,7 +423,10 @@ def main() -> None:
     for name in args.models:
         results[name] = evaluate(name, args)
         keep(name, results[name], args)
-    show(results, args)
+    from alignment.generation import process_state
+
+    if process_state().is_main_process:
+        show(results, args)
 
 
 if __name__ == "__main__":

@@ -287,3 +287,22 @@ def test_glue_trains_over_seeds_and_goes_on(tmp_path, toy_bert, capsys):
     script(ROOT / "eval" / "glue.py", *words, "--resume", *last)
     assert "training:" not in capsys.readouterr().out  # the checkpoints are there
     assert json.loads(file.read_text())["rows"] == result["rows"]
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(checkpoints):
+    import os
+    import subprocess
+    import sys
+
+    words = ["--model", f"mine={checkpoints}/out-mnli,{checkpoints}/out-stsb", "--data", checkpoints, "--use_cpu"]
+    script(ROOT / "eval" / "glue.py", *words, "--output", checkpoints / "single.json")
+    start = [sys.executable, "-m", "accelerate.commands.launch"]
+    start += ["--config_file", ROOT / "accelerate_configs" / "cpu.yaml", "eval/glue.py"]
+    command = [str(word) for word in (*start, *words, "--output", checkpoints / "double.json")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads((checkpoints / f"{name}.json").read_text())["rows"] for name in ("single", "double"))
+    assert [row["id"] for row in one] == [row["id"] for row in two]
+    assert all(a["score"] == pytest.approx(b["score"], abs=1e-4) for a, b in zip(one, two, strict=True))
+    assert done.stdout.count("written:") == 1
