@@ -40,7 +40,7 @@ def steps(folder: str, ways: list[str]) -> dict[str, tuple[str, list[str]]]:
     """Return name -> (what happens, the command after `accelerate launch`)."""
     sft, reward = f"{folder}/sft", f"{folder}/reward"
     start = ["--model_name_or_path", sft]
-    # a tuned model wants half the rate of the base that the recipes start from; two thirds of their steps
+    # a tuned model wants half the rate of the base that the recipes start from
     asked = ["--data", "data/tiny/prompts", "--learning_rate", "1e-4", "--max_steps", "80"]
     found = {"sft": ("teach the base model to answer", ["recipes/sft.py"])}
     if "ppo" in ways:

@@ -30,7 +30,7 @@ DEFAULTS = dict(
     disable_dropout=True,  # the weights that learn are those that sampled
     # How much: 8 prompts x 16 answers an update
     per_device_train_batch_size=128,
-    num_train_epochs=0.5,
+    num_train_epochs=0.32,  # 80 updates of the embedded questions
     # What is looked at, and what is kept: one answer to each held-out prompt
     num_generations_eval=1,
     per_device_eval_batch_size=200,

@@ -35,7 +35,7 @@ DEFAULTS = dict(
     per_device_train_batch_size=128,
     steps_per_generation=2,
     num_iterations=1,  # more: fewer answers to sample, and sooner learnt by heart
-    max_steps=120,
+    max_steps=80,
     # What is looked at, and what is kept: one answer to each held-out prompt
     num_generations_eval=1,
     per_device_eval_batch_size=200,
