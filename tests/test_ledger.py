@@ -55,7 +55,7 @@ def test_rows_in_are_rows_accounted_for(tmp_path, sources, numbers, how, test_si
     data = DataArguments([str(path)], test_size=test_size, on_bad_row="drop", streaming=streaming)
     train = SimpleNamespace(seed=1, data_seed=None)
     try:
-        splits = load_splits(SimpleNamespace(data=data, train=train, sources={}), kind)
+        splits = load_splits(SimpleNamespace(data=data, train=train, sources={}, also=()), kind)
     except InputError as error:
         assert "leaves nothing" in error.what or "cannot be used" in error.what
         return
