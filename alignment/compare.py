@@ -4,8 +4,9 @@ Both models answered the same rows, so the rows' difficulty cancels in the diffe
 smaller than the noise of the two means, and comparing the two separate intervals would hide real changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -191,7 +192,7 @@ def verdict(difference: Difference) -> str:
 def sentence(difference: Difference, first: str = "A", second: str = "B") -> str:
     """Say in plain words what the comparison shows, and what it could not have shown."""
     d, word = difference, verdict(difference)
-    scale = 100 if 0 <= min(d.first, d.second) <= max(d.first, d.second) <= 1 else 1
+    scale = scale_of(d)
     unit = "points" if scale == 100 else "units"
     visible = f"a true difference smaller than about {d.visible * scale:.1f} {unit} would mostly go unseen"
     if word == "the same":
@@ -206,6 +207,34 @@ def sentence(difference: Difference, first: str = "A", second: str = "B") -> str
         f"{second} is {word} than {first} by {abs(d.value) * scale:.1f} {unit} on {d.rows:,} rows "
         f"({span}, {p_text(d.p_holm)}): {d.up:,} rows rose, {d.down:,} fell."
     )
+
+
+def draw_differences(differences: Mapping[str, Difference], path: str | Path) -> None:
+    """Draw each difference with its interval into a PNG, a line each: green where better, red where worse."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = {"better": "#1f8a4c", "worse": "#c2382f"}
+    figure = Figure(figsize=(6.4, 0.9 + 0.34 * len(differences)), dpi=144, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#9aa1ab", linewidth=1)
+    for line, d in enumerate(differences.values()):
+        scale, colour = scale_of(d), colours.get(verdict(d), "#5b6470")
+        axes.plot([d.low * scale, d.high * scale], [line, line], color=colour, linewidth=2)
+        axes.plot(d.value * scale, line, "o", color=colour, markersize=5)
+    axes.set_yticks(range(len(differences)), list(differences))
+    axes.invert_yaxis()
+    axes.set_xlabel("second minus first, with its 95 % interval (shares in points of 100)", fontsize=8)
+    axes.spines[:].set_visible(False)
+    axes.grid(axis="x", color="#e4e7eb", linewidth=0.8)
+    axes.tick_params(labelsize=8, length=0)
+    figure.savefig(Path(path))
+
+
+def scale_of(difference: Difference) -> int:
+    """Return 100 where the scores are shares, to show them in per cent, else 1."""
+    return 100 if 0 <= min(difference.first, difference.second) <= max(difference.first, difference.second) <= 1 else 1
 
 
 def p_text(p: float) -> str:

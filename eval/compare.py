@@ -21,7 +21,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignment.compare import Difference, corrected, join, p_text, paired, sentence, verdict
+from alignment.compare import (
+    Difference,
+    corrected,
+    draw_differences,
+    join,
+    p_text,
+    paired,
+    scale_of,
+    sentence,
+    verdict,
+)  # fmt: skip
 from alignment.config import Parser, install_excepthook, with_underscores
 from alignment.errors import InputError, nearest
 from alignment.report import Result, check_free, read_result, write_text
@@ -48,7 +58,8 @@ def read_arguments(argv: list[str]) -> Namespace:
     add("--show", type=int, default=3, help="changed rows to show in each direction [3]")
     add("--seed", type=int, default=0, help="of the bootstrap and the permutations [0]")
     add("--output", help="write the comparison as JSON")
-    add("--overwrite", action="store_true", help="replace that file")
+    add("--plot", help="draw the differences with their intervals (.png)")
+    add("--overwrite", action="store_true", help="replace these files")
     return parser.parse_args([with_underscores(word) for word in argv])
 
 
@@ -174,11 +185,6 @@ def table_of(differences: dict[tuple[str, ...], Difference], heads: list[str], c
     return table
 
 
-def scale_of(difference: Difference) -> int:
-    """Return 100 where the scores are shares, to show them in per cent, else 1."""
-    return 100 if 0 <= min(difference.first, difference.second) <= max(difference.first, difference.second) <= 1 else 1
-
-
 def show_changed(console: Console, pairs: list, names: tuple[str, str], args: Namespace) -> None:
     """Print a few rows whose number rose and a few whose fell, with both answers."""
     for sign, verb in ((1, "rose"), (-1, "fell")):
@@ -199,7 +205,7 @@ def main() -> None:
     """Read the files, compare them pair by pair and say what was found."""
     install_excepthook()
     args = read_arguments(sys.argv[1:])
-    output = check_free(args.output, overwrite=args.overwrite) if args.output else None
+    output, plot = (check_free(p, overwrite=args.overwrite) if p else None for p in (args.output, args.plot))
     tasks = read_all(args.files)
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     if len(tasks) == 1:
@@ -207,6 +213,15 @@ def main() -> None:
         comparisons = one_task(results, args, console)
     else:
         comparisons = many_tasks(tasks, args, console)
+    if plot:
+        drawn = {
+            " ".join([c["first"], "→", c["second"], *([c["task"]] if "task" in c else [])]): Difference(
+                **c["difference"]
+            )
+            for c in comparisons
+        }
+        draw_differences(drawn, plot)
+        console.print(f"drawn: {plot}", soft_wrap=True)
     if output:
         content = {"schema": 1, "column": args.column, "files": args.files, "comparisons": comparisons}
         write_text(output, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -313,7 +313,9 @@ def suites(tmp_path):
 
 
 def test_several_tasks_show_what_was_gained_and_what_was_forgotten(suites, monkeypatch, capsys, tmp_path):
-    out = compare(monkeypatch, capsys, *suites, "--target", "mmlu", "text", "--output", tmp_path / "c.json")
+    words = ["--target", "mmlu", "text", "--output", tmp_path / "c.json", "--plot", tmp_path / "c.png"]
+    out = compare(monkeypatch, capsys, *suites, *words)
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert max(map(len, out.splitlines())) <= 100
     aimed, rest = out.index("trained for"), out.index("not trained for")
     assert aimed < out.index("mmlu", aimed) < rest < out.index("prompts", rest)
