@@ -247,7 +247,8 @@ def predict(
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[state.process_index :: state.num_processes]
     found: dict[int, list[float]] = {}
-    with tqdm(total=sum(lengths[i] for i in order), desc=label, unit="token", unit_scale=True, leave=False) as bar:
+    whole = sum(lengths[i] for i in order)
+    with tqdm(total=whole, desc=label, unit="token", unit_scale=True, leave=False, disable=None) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = collate([{name: rows[i][name] for name in names} for i in chosen])

@@ -366,11 +366,18 @@ def as_written(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def install_excepthook() -> None:
-    """Print an uncaught InputError without a traceback, once per machine, and exit with status 2."""
+def install_excepthook(advice: str = "") -> None:
+    """Print an uncaught InputError without a traceback, once per machine, and exit with status 2.
+
+    With `advice` Ctrl-C prints it, and exits with status 130.
+    """
     previous = sys.excepthook
 
     def hook(kind, error, trace):
+        if advice and issubclass(kind, KeyboardInterrupt):
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"\ninterrupted: {advice}", file=sys.stderr)
+            raise SystemExit(130)
         if not issubclass(kind, InputError):
             return previous(kind, error, trace)
         if os.environ.get("LOCAL_RANK", "0") == "0":

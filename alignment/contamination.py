@@ -208,14 +208,13 @@ def check(checkpoint: str | Path, texts: Mapping[str, str]) -> dict[str, Any] | 
     }
 
 
-def sentence(found: Mapping[str, Any] | None) -> str:
+def sentence(found: Mapping[str, Any]) -> str:
     """Say in a line what `check` found."""
-    if found is None:
-        return "not checked for contamination: no run.json says what it was trained on"
     read = sum(found["read"].values())
     skipped = f"; not read: {', '.join(found['skipped'])}" if found["skipped"] else ""
     if not found["read"]:
         return f"not checked for contamination{skipped}"
     if not found["found"]:
         return f"none of the {found['rows']:,} rows stands in its {read:,} training rows{skipped}"
-    return f"{found['found']:,} of the {found['rows']:,} rows stand in its {read:,} training rows{skipped}"
+    verb = "stands" if found["found"] == 1 else "stand"
+    return f"{found['found']:,} of the {found['rows']:,} rows {verb} in its {read:,} training rows{skipped}"

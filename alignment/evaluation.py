@@ -45,7 +45,7 @@ def read_arguments(parser: Parser, argv: list[str] | None = None) -> Namespace:
     Raises:
         InputError: an unknown flag, with the nearest; a model named twice; a result file that exists already.
     """
-    install_excepthook()
+    install_excepthook("finished rows are kept, and the same command with --resume goes on")
     # PEFT 0.21 asks transformers 5.23 by an old name, and says that virtual tokens ignore positions: rows with them
     # share a batch only where they have one length
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -228,7 +228,7 @@ def show_all(results: Mapping[str, Result], args: Namespace, refused: Mapping[st
     for name, why in (refused or {}).items():
         console.print(f"[yellow]{name}: {why}[/yellow]")
     for name, result in results.items():
-        if result.run or result.contamination:
+        if result.contamination:
             console.print(f"{name}: {sentence(result.contamination)}", style="dim", soft_wrap=True)
     for file in args.files.values():
         console.print(f"written: {file}", soft_wrap=True)

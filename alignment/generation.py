@@ -206,7 +206,7 @@ def check_room(ids: list[list[int]], model: PreTrainedModel | PeftModel, max_new
                 why="beyond them a model says anything",
                 fix=f"--max_new_tokens {limit - len(tokens)} or less"
                 if len(tokens) < limit
-                else "fewer --shots, or leave the row out",
+                else "fewer --shots, a model with more positions, or the rows without this one",
             )
 
 

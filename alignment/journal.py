@@ -1,11 +1,13 @@
 """Finished rows of an evaluation, on disk as soon as they are made: an interrupted one goes on where it was."""
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from accelerate.utils import gather_object
+from tqdm import tqdm
 
 from alignment.errors import InputError
 from alignment.generation import process_state
@@ -46,6 +48,11 @@ class Journal:
             for path in parts(file):
                 self._read_part(path)
         state.wait_for_everyone()
+        if state.is_main_process:
+            if self.done:
+                tqdm.write(f"{file}: {len(self.done):,} of {len(self.ids):,} rows are finished", file=sys.stderr)
+            elif parts(file):
+                tqdm.write(f"{file}: rows of an interrupted evaluation are dropped", file=sys.stderr)
         self._path = file.with_name(f".{file.name}.part{state.process_index}")
         if not resume and state.is_main_process:
             drop_parts(file)

@@ -130,6 +130,26 @@ def read_wordings(path: str) -> dict[str, str]:
     return {str(name): wording for name, wording in named.items()}
 
 
+def examples_of(data: str) -> str:
+    """Return where the examples for `data` are: its own training split, or the training file beside a file.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    path = Path(data).expanduser()
+    if not path.is_file() or path.suffix in (".yaml", ".yml"):
+        return f"{data}@train"
+    beside = sorted(p for p in path.parent.iterdir() if p.name.split(".")[0] == "train" and p.suffix == path.suffix)
+    if not beside or beside[0] == path:
+        raise InputError(
+            f"there is no train{path.suffix} beside {path}",
+            where="--shots",
+            why="examples out of the rows that are asked would give their answers away",
+            fix="--fewshot_data FILE",
+        )
+    return str(beside[0])
+
+
 def choose_shots(spec: str, check: str, count: int, asked: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return the first `count` questions of a source with their answers: the same examples before every question.
 

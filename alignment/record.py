@@ -231,14 +231,16 @@ def conclude(console: Console, record: dict[str, Any], rows: Tokenized, folder: 
         console.print(f"To go on: {command(resume=True)}", soft_wrap=True)
         return
     console.print(f"Weights, README.md, run.json and curves.png are in {folder}")
-    if rows.form not in PIPELINES:
-        embedded = all(str(name).startswith("data/tiny") for name in record["arguments"]["data"]["value"])
-        console.print(
-            ("To measure it: " if embedded else "To measure it, on rows of yours with the columns prompt and answer: ")
-            + f"accelerate launch eval/generate.py --model {folder} "
-            + f"--data {'data/tiny/prompts' if embedded else 'YOUR_ROWS.jsonl'} --output {folder}/generate.json",
-            soft_wrap=True,
-        )
+    if rows.form not in PIPELINES or rows.form == "reward":
+        data = record["arguments"]["data"]["value"]
+        embedded = all(str(name).startswith("data/tiny") for name in data)
+        if rows.form == "reward":
+            measure = f"eval/reward.py --model {folder}" + ("" if embedded else " --data YOUR_PAIRS.jsonl")
+        else:
+            own = data[0] if rows.form == "prompt" else "data/tiny/prompts"  # what it learnt from has a test split
+            measure = f"eval/generate.py --model {folder} --data {own if embedded else 'YOUR_ROWS.jsonl'}"
+        console.print("To measure it:" if embedded else "To measure it, on rows of yours that were held out:")
+        console.print(f"  accelerate launch {measure}", soft_wrap=True)
 
 
 def generation_config(model: Any) -> Any:

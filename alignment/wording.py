@@ -119,9 +119,13 @@ def read_wordings(file: str) -> dict[str, Wording]:
         entries = yaml.safe_load(decode(Path(path).read_bytes(), path))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is no valid YAML", where=mark_of(error), why=reason_of(error)) from error
+    if isinstance(entries, dict):
+        entries = [{"name": str(name)} | (e if isinstance(e, dict) else {"question": e}) for name, e in entries.items()]
     if not isinstance(entries, list) or len(entries) < 2:
         raise InputError(
-            f"{file} is no list of two or more wordings", where="--prompts", fix='- "{question}\\nA. {A}\\n…"'
+            f"{file} holds no two wordings",
+            where="--prompts",
+            fix='a list, or a mapping of names to texts: plain: "{question}\\nA. {A}\\n…"',
         )
     found: dict[str, Wording] = {}
     for number, entry in enumerate(entries, start=1):

@@ -240,7 +240,8 @@ def joined_rows(results: dict[str, Result], pair: tuple[str, str], args: Namespa
     for name in pair:
         found = results[name].contamination
         if found and found["found"]:
-            notes.append(f"{found['found']:,} of these {found['rows']:,} rows stand in the training rows of {name}")
+            verb = "stands" if found["found"] == 1 else "stand"
+            notes.append(f"{found['found']:,} of these {found['rows']:,} rows {verb} in the training rows of {name}")
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     return join(first.rows, second.rows, names=pair, common=args.common)

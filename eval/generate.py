@@ -17,7 +17,7 @@ from statistics import mean, stdev
 from alignment.constraints import follows
 from alignment.errors import InputError
 from alignment.evaluation import choose_rows, keep, load, make_parser, new_result, read_arguments, show_all
-from alignment.questions import BENCHMARKS, PLACE, Asking, choose_shots, read_questions, read_wordings
+from alignment.questions import BENCHMARKS, PLACE, Asking, choose_shots, examples_of, read_questions, read_wordings
 from alignment.report import Result, mean_metric
 from alignment.rewards import exact, last_number, squeeze, verifier
 from alignment.text_metrics import (
@@ -191,7 +191,7 @@ def settle(args: Namespace) -> list[dict]:
             why="long answers are hardly ever the same twice",
             fix="leave --majority out: the mean and pass@k are reported",
         )
-    shots = choose_shots(args.fewshot_data or f"{args.data}@train", check, args.shots, rows) if args.shots else []
+    shots = choose_shots(args.fewshot_data or examples_of(args.data), check, args.shots, rows) if args.shots else []
     args.wordings = read_wordings(args.prompts) if args.prompts else {"own": known.wording if known else PLACE}
     args.asking = [Asking(word, tuple(shots), args.system, args.chat, plain) for word in args.wordings.values()]
     own = {"wordings": list(args.wordings.values())} if args.wordings != {"own": PLACE} else {}

@@ -358,7 +358,8 @@ def show(results: dict[str, Result], args: Namespace) -> None:
     counted = {key.partition("/")[0].removesuffix("-mm") for key in names}
     title = "GLUE" if counted == set(TASKS) else f"average of {len(counted)}"
     table.add_row(title, "", "", *(cell(result.metrics["average"]) for result in results.values()))
-    console.print(f"[bold]{args.data}[/bold]: in per cent; mean ± standard deviation over seeds, where several ran")
+    seeds = "; mean ± standard deviation over seeds" if args.seeds > 1 and not args.prompted else ""
+    console.print(f"[bold]{args.data}[/bold]: in per cent{seeds}")
     console.print(table)
     missing = [name for name in TASKS if name not in counted]
     if missing and counted & set(TASKS):

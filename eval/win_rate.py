@@ -21,6 +21,7 @@ from alignment.evaluation import (
     load,
     make_parser,
     measure_rows,
+    name_models,
     new_result,
     read_arguments,
     show_all,
@@ -144,6 +145,12 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
 def say(name: str, result: Result, baseline: str) -> str:
     """Return the result in a sentence."""
     rate = result.metrics["win rate"]
+    flips = result.metrics.get("flipped with the order")
+    if flips and flips["value"] > 0.5:
+        return (
+            f"{name} against {baseline}: this judge cannot tell. {flips['value']:.0%} of its verdicts change with the "
+            "order of the answers, and count as ties."
+        )
     equal = "" if "win rate at equal length" in result.metrics else " Too few answers of like length to compare those."
     return (
         f"{name} wins {rate['wins']:,}, ties {rate['ties']:,}, loses {rate['losses']:,} of {rate['n']:,} against "
@@ -162,12 +169,12 @@ def main() -> None:
     add("--judge_prompt", help="a text file with {question}, {first} and {second} for a language model as judge")
     add("--max_new_tokens", type=int, default=128, help="answers of checkpoints are cut there [128]")
     args = read_arguments(parser)
+    ((args.baseline_name, args.baseline),) = name_models([args.baseline]).items()
     for path in (args.baseline, *args.models.values()):
         if path.endswith(".json") and not Path(path).is_file():
             read_result(path)
     if args.baseline.endswith(".json"):
         args.data = read_result(args.baseline).data
-    args.baseline_name = Path(args.baseline).name.removesuffix(".json")
     if args.margin < 0:
         raise InputError(f"--margin is {args.margin}", fix="0 or more")
     judge = make_judge(args)

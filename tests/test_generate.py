@@ -16,7 +16,7 @@ from alignment.evaluation import choose_rows
 from alignment.generation import Decoding, SampleByRow, generate_answers
 from alignment.journal import Journal
 from alignment.models import load_checkpoint
-from alignment.questions import read_questions
+from alignment.questions import examples_of, read_questions
 from alignment.report import read_result
 
 WORDS = ["The", "boat", "crossed", "the", "river", "before", "rain", "came", "and", "seven", "brown", "foxes"]
@@ -367,3 +367,18 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(monkeypatch, toy, rows_f
     assert not list(tmp_path.glob(".r.json.part*"))
     call_main(monkeypatch, *words, "--output", path, "--resume")
     assert {row["id"] for batch in batches for row in batch} == made, "nothing is left to do"
+
+
+def test_examples_for_a_file_come_from_the_training_file_beside_it(tmp_path):
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": "q", "answer": "a"}))
+    assert examples_of(str(tmp_path / "test.jsonl")) == str(tmp_path / "train.jsonl")
+    assert examples_of(str(tmp_path)) == f"{tmp_path}@train"
+    with pytest.raises(InputError, match="--fewshot_data"):
+        examples_of(str(tmp_path / "train.jsonl"))
+
+
+def test_an_interrupted_script_says_how_to_go_on():
+    code = "from alignment.config import install_excepthook as i; i('go on'); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted: go on")

@@ -291,7 +291,7 @@ def test_several_wordings_give_their_spread(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("one: two", "no list of two or more wordings"),
+        ("one: two", "no two wordings"),
         ('- "{question} {A} {B} {C}"\n- x', r"no field \{D\}"),
         ('- "{question} {A} {B} {C} {D} {E}"\n- x', "unknown field"),
         ('- "{question} {A} {B} {C} {D"\n- x', "is no template"),
