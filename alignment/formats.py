@@ -377,7 +377,7 @@ def unknown_columns(columns: list[str], kind: str, where: str) -> InputError:
         wanted = [*CORE[kind], *((*SINGLES, *LABELS, "sentence1", "sentence2") if kind == "sequence" else ())]
     close = {ours: theirs for theirs in columns if theirs not in wanted and (ours := nearest(theirs, wanted))}
     names = ", ".join(f"{theirs}: {ours}" for ours, theirs in close.items() if ours not in columns)
-    if kind == "sequence" and not set(columns) & {*SINGLES, "sentence1"}:
+    if kind == "sequence" and not set(columns) & {*SINGLES, *LABELS, "sentence1"}:
         names = "YOUR_TEXT: text, YOUR_LABELS: label"
     fix = f"rename in a data/*.yaml: columns: {{{names or 'theirs: ours'}}}"
     return InputError(
