@@ -13,6 +13,7 @@ in full (a model each). --output writes JSON, too.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -202,7 +203,9 @@ def run(python, kind, args, folder):
     command = [python, __file__, "--child", kind, "--folder", folder]
     for name in ("model", "answers", "max_new_tokens", "learning_rate", "seed"):
         command += [f"--{name}", str(vars(args)[name])]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    # the environment of the other has the installed packages, and not what was installed to be edited: this one
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=surroundings)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if not lines:
         sys.exit(f"{kind} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
