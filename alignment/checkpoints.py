@@ -40,6 +40,7 @@ from alignment.heads import (
     class_for,
     has_head,
     key_mapping,
+    kind_of,
     name_outputs,
     prepare_head,
     saved_labels,
@@ -255,6 +256,15 @@ def adapter_config(path: str | Path) -> peft.PeftConfig:
         return peft.PeftConfig.from_pretrained(str(path))
     except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{Path(path) / ADAPTER_CONFIG} cannot be read: {error}", where=str(path)) from error
+
+
+def head_of(path: str | Path) -> str:
+    """Return the head a checkpoint was saved with: "causal" for a language model, "sequence", "token" or "span"."""
+    if is_adapter(path):
+        return kind_of(adapter_config(path))
+    check_model(path)
+    names = PretrainedConfig.get_config_dict(str(path))[0].get("architectures") or []
+    return next((head for head, end in ENDINGS.items() if any(name.endswith(end) for name in names)), "causal")
 
 
 def load_adapter(base: PreTrainedModel, path: str | Path, trainable: bool = False) -> peft.PeftModel:

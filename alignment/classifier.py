@@ -1,6 +1,6 @@
 """Train and ask classifiers: settings, trainer and metrics of `recipes/classify.py`, predictions for `eval/glue.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal
@@ -223,7 +223,6 @@ def score_spans(starts: np.ndarray, ends: np.ndarray, rows: Dataset, reading: Re
     return metric("squad").compute(predictions=made, references=wanted)
 
 
-@torch.inference_mode()
 def predict(
     model: PreTrainedModel | peft.PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -242,8 +241,6 @@ def predict(
         batch_size: rows at a time; changes the speed only.
         label: what the progress bar says.
     """
-    collate = Collator(tokenizer.pad_token_id)
-    names = [name for name in ("input_ids", "token_type_ids") if name in rows.column_names]
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])[state.process_index :: state.num_processes]
     found: dict[int, list[float]] = {}
@@ -251,9 +248,31 @@ def predict(
     with tqdm(total=whole, desc=label, unit="token", unit_scale=True, leave=False, disable=None) as bar:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = collate([{name: rows[i][name] for name in names} for i in chosen])
-            scores = model(**{name: value.to(model.device) for name, value in batch.items()}).logits.float().cpu()
-            found |= dict(zip(chosen, scores.tolist(), strict=True))
-            bar.update(int(batch["attention_mask"].sum()))
+            scores = scores_of(model, tokenizer, [rows[i] for i in chosen])
+            found |= {i: values.tolist() for i, values in zip(chosen, scores, strict=True)}
+            bar.update(sum(lengths[i] for i in chosen))
     everyone = dict(gather_object(list(found.items())))
     return np.array([everyone[i] for i in range(len(lengths))], dtype=np.float64)
+
+
+@torch.inference_mode()
+def scores_of(
+    model: PreTrainedModel | peft.PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]]
+) -> list[np.ndarray]:
+    """Return the scores of one batch of encoded rows, for each row (outputs,), (tokens, outputs) or, of both ends of a
+    span, (2, tokens).
+
+    Args:
+        model: with a sequence, token or span head.
+        tokenizer: its tokenizer.
+        rows: with "input_ids" (and "token_type_ids"), as `encode` makes them.
+    """
+    names = [name for name in ("input_ids", "token_type_ids") if name in rows[0]]
+    batch = Collator(tokenizer.pad_token_id)([{name: row[name] for name in names} for row in rows])
+    out = model(**{name: value.to(model.device) for name, value in batch.items()})
+    scores = torch.stack([out["start_logits"], out["end_logits"]], 1) if "start_logits" in out else out["logits"]
+    made = scores.float().cpu().numpy()
+    if made.ndim == 2:
+        return list(made)
+    sizes = [len(row["input_ids"]) for row in rows]
+    return [row[:, :n] if "start_logits" in out else row[:n] for row, n in zip(made, sizes, strict=True)]

@@ -48,6 +48,7 @@ def encode(splits: Splits, loaded: LoadedModel, args: Any, labels: Labels) -> To
     result = Tokenized(
         splits.train, splits.test, labels.head, splits.ledger, list(splits.notes), ChatEncoder(tokenizer)
     )
+    result.label_names = labels.names
     rules = Encoder(tokenizer, labels, reading_of(args), args.data.on_long_row, reads_types(loaded.model))
     small = len(splits.train) < 20_000
     (datasets.disable_progress_bars if small else datasets.enable_progress_bars)()

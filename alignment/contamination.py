@@ -5,7 +5,7 @@ import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from alignment.errors import InputError
 from alignment.files import Broken
+from alignment.glue import find_task, plan
 from alignment.sources import Part, resolve
 
 NGRAM, SHARE = 13, 0.5
@@ -22,7 +23,8 @@ _WORD = re.compile(r"\w+|[-+*/^=<>%]")  # 17 + 7 is not 17 - 7
 # The columns that hold what is asked; of rows without any of them every text counts.
 QUESTION = (
     "prompt", "question", "instruction", "input", "sentence", "sentence1", "sentence2", "question1", "question2",
-    "premise", "hypothesis", "context", "passage", "text", "messages", "conversations",
+    "premise", "hypothesis", "context", "passage", "text", "text_pair", "tokens", "messages",
+    "conversations",
 )  # fmt: skip
 
 
@@ -117,7 +119,9 @@ def question_of(row: dict) -> str:
     kept = []
     for name in columns:
         value = row[name]
-        if isinstance(value, list):
+        if name == "tokens":
+            value = " ".join(map(str, value))
+        elif isinstance(value, list):
             value = [m for m in value if not isinstance(m, dict) or m.get("role", m.get("from")) in ("user", "human")]
         kept += texts_of(value)
     return "\n".join(kept)
@@ -141,7 +145,7 @@ def search(index: Index, parts: list[Part], limit: int | None = None) -> Found:
                 count += 1
                 if isinstance(row, Broken):
                     continue
-                for name in index.held_by(texts_of(row)):
+                for name in index.held_by(list(dict.fromkeys([*texts_of(row), question_of(row)]))):
                     found.hits[name].append((part.name, number))
                 bar.update()
             found.read[part.name] = found.read.get(part.name, 0) + count
@@ -153,10 +157,11 @@ def search(index: Index, parts: list[Part], limit: int | None = None) -> Found:
     return found
 
 
-def trained_on(checkpoint: str | Path) -> tuple[list[str], list[str]]:
-    """Return the `--data` values a checkpoint was trained on, the runs it started from included, and what is unknown.
+def trained_on(checkpoint: str | Path) -> tuple[list[tuple[str, str | None]], list[str]]:
+    """Return what a checkpoint was trained on, the runs it started from included, and what is unknown.
 
-    Each recipe leaves a run.json; a checkpoint that has none ends the way back.
+    The first are (`--data` value, GLUE task or None). Each recipe leaves a run.json; a checkpoint that has none ends
+    the way back.
     """
     specs, unknown, seen = [], [], set()
     path = Path(checkpoint)
@@ -170,7 +175,8 @@ def trained_on(checkpoint: str | Path) -> tuple[list[str], list[str]]:
             break
         for name in ("data", "text_data"):
             value = values.get(name)
-            specs += [value] if isinstance(value, str) else value or []
+            several = [value] if isinstance(value, str) else value or []
+            specs += [(spec, values.get("task")) for spec in several]
         path = Path(values.get("model_name_or_path") or "")
     return list(dict.fromkeys(specs)), unknown
 
@@ -186,9 +192,10 @@ def check(checkpoint: str | Path, texts: Mapping[str, str]) -> dict[str, Any] | 
         return None
     index = Index(texts)
     merged = Found(rows=len(texts), skipped=dict.fromkeys(unknown, ""))
-    for spec in specs:
+    for spec, task in specs:
         try:
-            parts = [part for part in resolve(spec, "train").parts if part.role == "train"]
+            found = plan(find_task(task), spec) if task else resolve(spec, "train")
+            parts = [part for part in found.parts if part.role == "train"]
             found = search(index, parts, MOST_ROWS)
         except InputError as error:
             merged.skipped[spec] = error.what
@@ -206,6 +213,18 @@ def check(checkpoint: str | Path, texts: Mapping[str, str]) -> dict[str, Any] | 
         "ngram": NGRAM,
         "share": SHARE,
     }
+
+
+def merge(several: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Return what `check` found for checkpoints of one model on different rows as one; None where it never looked."""
+    known = [found for found in several if found]
+    if not known:
+        return None
+    total = dict(known[0])
+    for found in known[1:]:
+        total |= {name: total[name] + found[name] for name in ("rows", "found", "ids")}
+        total |= {name: total[name] | found[name] for name in ("read", "skipped")}
+    return total
 
 
 def sentence(found: Mapping[str, Any]) -> str:

@@ -39,7 +39,8 @@ def draw_masks(rows: Tokenized, plain: bool, count: int = 2, limit: int = 700) -
                 piece = f"[{mark}{piece}{mark}]"
             text.append(piece, style={"": "dim", "+": "bold green", "-": "bold red"}[mark])
         if rows.form == "sequence":
-            text.append(f" -> {row['labels']:g}", style="bold green")
+            label = rows.label_names[row["labels"]] if rows.label_names else f"{row['labels']:g}"
+            text.append(f" -> {label}", style="bold green")
         lines += [text, Text()]
     return lines
 

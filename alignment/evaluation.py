@@ -150,7 +150,7 @@ def new_result(
         model=args.models[name],
         run=run_id(args.models[name]),
         prompt_hash=text_hash(wording),
-        settings=settings | {"dtype": dtype_of(args), "load_in_4bit": args.load_in_4bit},
+        settings=settings | {"dtype": dtype_of(args), "load_in_4bit": args.load_in_4bit, "limit": args.limit},
         rows=[],
         metrics={},
         versions=package_versions("torch", "transformers", "peft", "accelerate", *packages),
@@ -204,7 +204,8 @@ def keep(name: str, result: Result, args: Namespace, rows: Sequence[dict[str, An
     from alignment.journal import drop_parts
 
     if process_state().is_main_process:
-        result.contamination = check(result.model, {row["id"]: question_of(row) for row in rows}) if rows else None
+        if rows:
+            result.contamination = check(result.model, {row["id"]: question_of(row) for row in rows})
         write_result(result, args.files[name])
         drop_parts(args.files[name])
 

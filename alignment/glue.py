@@ -10,6 +10,9 @@ from alignment.files import Broken, decode, locate
 from alignment.sources import HUB, Part, Plan, hub_part
 
 HUB_ID = "nyu-mll/glue"
+DIAGNOSTIC = (
+    "test-ax"  # the diagnostic set, which models of MNLI are asked; a folder, and on the hub a task, of its own
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Task:
         for ours, theirs, short in (("", "matched", "m"), ("-mm", "mismatched", "mm")):
             found[f"dev{ours}"] = (f"dev_{theirs}.tsv", f"validation_{theirs}", "")
             found[f"test{ours}"] = (f"test_{theirs}.tsv", f"test_{theirs}", f"MNLI-{short}.tsv")
-        return found
+        return found | {DIAGNOSTIC: ("diagnostic.tsv", "test", "AX.tsv")}
 
 
 _BOTH = ("sentence1", "sentence2", "label")
@@ -127,13 +130,13 @@ def part(task: Task, spec: str, split: str, role: str = "eval") -> Part:
     """Return one split of a task as rows of "text", "text_pair" where there are two, and "label" where it is known."""
     file, name, _ = task.splits[split]
     if HUB.fullmatch(spec) and not Path(spec).exists():
-        found = hub_part(spec, task.name, name, streaming=False)
+        found = hub_part(spec, "ax" if split == DIAGNOSTIC else task.name, name, streaming=False)
         rows = found.read
         found.read = lambda: ((number, from_hub(task, row)) for number, row in rows())
         found.role = role
         return found
     folder = locate(spec)
-    path = next((place for place in (folder / task.folder / file, folder / file) if place.is_file()), None)
+    path = find_file(task, folder, split)
     if path is None:
         raise InputError(
             f"there is no {task.folder}/{file}",
@@ -143,6 +146,12 @@ def part(task: Task, spec: str, split: str, role: str = "eval") -> Part:
         )
     where = f"{task.folder}/{file}"
     return Part(where, str(path), split, lambda: read_tsv(task, path, split), role=role)
+
+
+def find_file(task: Task, folder: Path, split: str) -> Path | None:
+    """Return the official file of a split, in the folder of all tasks or of this one; None where it is not there."""
+    file, inner = task.splits[split][0], "diagnostic" if split == DIAGNOSTIC else task.folder
+    return next((place for place in (folder / inner / file, folder / file) if place.is_file()), None)
 
 
 def read_tsv(task: Task, path: Path, split: str) -> Iterator[tuple[int, dict]]:

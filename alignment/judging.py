@@ -8,11 +8,8 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from transformers import PretrainedConfig
 
-from alignment.checkpoints import adapter_config
 from alignment.errors import InputError
-from alignment.folders import check_model, is_adapter
 from alignment.likelihood import Window, log_likelihoods, room_for_text
 from alignment.templates import ChatEncoder
 
@@ -41,15 +38,6 @@ class Contest:
     prompt: list[dict[str, Any]]
     baseline: str
     candidate: str
-
-
-def has_score_head(path: str | Path) -> bool:
-    """Say whether a judge is a reward model (a score head) or a language model, by its configuration."""
-    if is_adapter(path):
-        return adapter_config(path).task_type == "SEQ_CLS"
-    check_model(path)
-    names = PretrainedConfig.get_config_dict(str(path))[0].get("architectures") or []
-    return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def judge_by_reward(reward: Any, contests: Sequence[Contest], margin: float) -> list[dict[str, Any]]:

@@ -23,9 +23,11 @@ from alignment.heads import ENDINGS
 from alignment.labels import against_guessing
 from alignment.launch import asked_for
 from alignment.memory import memory_estimate, parameters
+from alignment.methods import explicit
 from alignment.tokenization import Tokenized
 
 WIDTH = 100
+FEW = 20  # held-out rows
 STYLES = {"error": "bold red", "warning": "yellow", "fact": "dim"}
 
 
@@ -50,6 +52,7 @@ def examine(trainer: Any, args: Any, loaded: Any, rows: Tokenized) -> list[Findi
     found = [Finding("fact", note) for note in [*loaded.notes, *rows.notes, *trainer.notes]]
     found += _launch(trainer)
     found += _size(trainer, args, loaded, rows)
+    found += _held_out(rows)
     if rows.form == "prompt":
         found += _prompts(rows, args) + _rollouts(trainer, rows)
     else:
@@ -99,6 +102,18 @@ def refuse(findings: list[Finding]) -> None:
         raise InputError(first.what + more, where="before the first step", fix=first.fix)
 
 
+def _held_out(rows: Tokenized) -> list[Finding]:
+    """Warn when so few rows are held out that their metrics say nothing, although there are rows enough."""
+    if rows.test is None or isinstance(rows.train, IterableDataset) or len(rows.test) >= FEW:
+        return []
+    held, total = len(rows.test), len(rows.test) + len(rows.train)
+    wanted = min(total // 5, 200)
+    if wanted <= held:
+        return []
+    text = f"{held} of {total} rows are held out: each is {100 / held:.0f} points of their metrics"
+    return [Finding("warning" if total >= 2 * FEW else "fact", text, f"--test_size {wanted}, or --eval_data rows")]
+
+
 def _prompts(rows: Tokenized, args: Any) -> list[Finding]:
     """Say how long the prompts are, which were dropped, and where the answers to them stop."""
     stops = ", ".join(sorted(rows.encoder.stop_tokens)) or "nothing"
@@ -119,6 +134,10 @@ def _prompts(rows: Tokenized, args: Any) -> list[Finding]:
     if rows.counts["train control"]:
         text = f"{rows.counts['train control']:,} control tokens in plain prompts are read as control tokens"
         found.append(Finding("warning", text, "prompts as lists of turns, whose text stays text"))
+    unasked = explicit(args, "model_name_or_path") and not explicit(args, "data")
+    if unasked and rows.encoder.tokenizer.chat_template and isinstance(rows.train[0]["prompt"], str):
+        text = "the default prompts are plain text (Q: …), and this model has a chat template"
+        found.append(Finding("warning", text, "--data data/tiny/prompts, or your own, when it answers turns"))
     return found + _bos(rows)
 
 

@@ -37,6 +37,7 @@ class Tokenized:
         lengths: tokens of every row that was read, before anything was cut, per split.
         findings: (level, what, fix) of what the encoding found out, for the examination before the first step.
         counts: turns without a stop token, turns skipped, control tokens kept as text, near-equal pairs, …
+        label_names: of the classes, in the order of their numbers; none but for rows with classes.
     """
 
     train: Dataset | IterableDataset
@@ -48,6 +49,7 @@ class Tokenized:
     lengths: dict[str, np.ndarray] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
     findings: list[tuple[str, str, str]] = field(default_factory=list)
+    label_names: list[str] = field(default_factory=list)
 
 
 def tokenize(splits: Splits, loaded: Any, args: Any, form: str) -> Tokenized:

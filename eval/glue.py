@@ -22,7 +22,7 @@ from pathlib import Path
 
 from alignment.errors import InputError
 from alignment.evaluation import choose_rows, dtype_of, keep, load, make_parser, read_arguments
-from alignment.glue import HUB_ID, TASKS, Task, find_task, macro_average, part, question, submission
+from alignment.glue import HUB_ID, TASKS, Task, find_file, find_task, macro_average, part, question, submission
 from alignment.launch import without
 from alignment.report import Result, package_versions, run_id, text_hash, write_text
 
@@ -68,7 +68,7 @@ def read_splits(task: Task, source: str, limit: int | None) -> dict[str, list[di
     found = {}
     for split, (file, *_) in task.splits.items():
         folder = Path(source)
-        there = not folder.is_dir() or any((place / file).is_file() for place in (folder / task.folder, folder))
+        there = not folder.is_dir() or find_file(task, folder, split)
         if split == "train" or (split.startswith("test") and not there):
             continue
         rows = [row for _, row in part(task, source, split).read() if row.get("text") is not None]
@@ -271,12 +271,8 @@ def evaluate(name: str, args: Namespace) -> Result:
     if not jobs:
         raise InputError("no task is left to measure", where="--tasks", fix="a task with label words")
     settings = {"tasks": sorted({job.task.name for job in jobs}), "seeds": sorted({job.seed for job in jobs})}
-    settings |= {
-        "train": shlex.join(args.train),
-        "prompted": args.prompted,
-        "shots": args.shots,
-        "dtype": dtype_of(args),
-    }
+    settings |= {"train": shlex.join(args.train), "prompted": args.prompted, "shots": args.shots}
+    settings |= {"dtype": dtype_of(args), "load_in_4bit": args.load_in_4bit, "limit": args.limit}
     wording = {job.task.name: job.task.prompt for job in jobs} if args.prompted else "trained"
     result = Result(
         NAME, VERSION, args.data, path, run_id(path), text_hash(wording, args.shots), settings, [], {},
@@ -298,8 +294,20 @@ def evaluate(name: str, args: Namespace) -> Result:
                 journal.add(book(job, found))
         result.rows = journal.rows()
     result.metrics = summarise(result.rows)
+    if process_state(args.use_cpu).is_main_process:
+        result.contamination = contamination_of(jobs, path, args)
     result.seconds = round(time.perf_counter() - began, 2)
     return result
+
+
+def contamination_of(jobs: list[Job], path: str, args: Namespace) -> dict | None:
+    """Look for the dev rows of each task in what its checkpoint was trained on, the runs it started from included."""
+    from alignment.contamination import check, merge, question_of
+
+    first = {job.task.name: job for job in reversed(jobs)}.values()
+    return merge(
+        [check(path if args.prompted else job.folder, {r["id"]: question_of(r) for r in job.dev}) for job in first]
+    )
 
 
 def summarise(rows: list[dict]) -> dict[str, dict]:
@@ -340,6 +348,8 @@ def show(results: dict[str, Result], args: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from alignment.contamination import sentence
+
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     names = list(dict.fromkeys(key for result in results.values() for key in result.metrics if key != "average"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -364,6 +374,9 @@ def show(results: dict[str, Result], args: Namespace) -> None:
     missing = [name for name in TASKS if name not in counted]
     if missing and counted & set(TASKS):
         console.print(f"missing of GLUE's nine: {', '.join(missing)}; the average is no GLUE score")
+    for name, result in results.items():
+        if result.contamination:
+            console.print(f"{name}: {sentence(result.contamination)}", style="dim", soft_wrap=True)
     for name, file in args.files.items():
         folder = file.with_suffix("")
         more = f"; test predictions in {folder}" if folder.is_dir() else ""

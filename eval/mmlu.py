@@ -107,7 +107,7 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
     subjects: dict[str, list[float]] = {}
     for row in rows:
         subjects.setdefault(row["subject"], []).append(row["score"])
-    found = {"score": pooled_metric(list(subjects.values()))}
+    found = {"accuracy": pooled_metric(list(subjects.values()))}
     each = {subject: mean_metric(scores) for subject, scores in sorted(subjects.items())}
     errors = [metric["stderr"] for metric in each.values()]
     error = None if None in errors else sum(e * e for e in errors) ** 0.5 / len(errors)
@@ -138,13 +138,13 @@ def together(results: dict[str, Result]) -> Result:
         row["prediction"] = "".join(row["prediction"] for row in several)
         rows.append({"id": row.pop("id"), "score": statistics.fmean(scores.values()), **scores, **row})
     metrics = summarise(rows)
-    values = [result.metrics["score"]["value"] for result in results.values()]
+    values = [result.metrics["accuracy"]["value"] for result in results.values()]
     spread = {"lowest": min(values), "highest": max(values), "sd": statistics.stdev(values)}
     metrics |= {
         f"wordings/{name}": {"value": value, "stderr": None, "n": len(rows), "unit": "share"}
         for name, value in spread.items()
     }
-    metrics |= {f"wording/{name}": result.metrics["score"] for name, result in results.items()}
+    metrics |= {f"wording/{name}": result.metrics["accuracy"] for name, result in results.items()}
     return replace(
         first, rows=rows, metrics=metrics, seconds=round(sum(result.seconds for result in results.values()), 2),
         prompt_hash=text_hash([result.prompt_hash for result in results.values()]),

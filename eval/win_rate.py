@@ -69,11 +69,12 @@ def read_answers(path: str) -> list[dict]:
 
 def make_judge(args: Namespace):
     """Return (a function of contests that gives their verdicts, the judge's tokenizer, the kind of judge)."""
+    from alignment.checkpoints import head_of
     from alignment.generation import process_state
-    from alignment.judging import has_score_head, judge_by_model, judge_by_reward, read_judge_prompt
+    from alignment.judging import judge_by_model, judge_by_reward, read_judge_prompt
     from alignment.rewarding import RewardModel, check_scores
 
-    if has_score_head(args.judge):
+    if head_of(args.judge) == "sequence":
         check_scores(args.judge, "--judge")
         options = {"load_in_4bit": args.load_in_4bit, "trust_remote_code": args.trust_remote_code}
         reward = RewardModel(args.judge, args.batch_size, dtype_of(args), **options)

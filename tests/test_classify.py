@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_recipes import held_out, launch, results
+from test_recipes import held_out, launch, results, script
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, set_seed
 
 from alignment.checkpoints import load_checkpoint, load_tokenizer
@@ -418,10 +418,74 @@ def test_token_and_span_heads_learn(head, metric, least, tmp_path):
 def test_dry_run_looks_and_writes_nothing(toy_bert, tmp_path, capsys):
     file = write(tmp_path / "s.jsonl", sentences())
     flags = ("--data", file, "--model_name_or_path", toy_bert, "--output_dir", tmp_path / "out", "--dry_run")
-    launch("classify", *flags)
+    launch("classify", *flags, "--label_names", "bad", "good")
     shown = capsys.readouterr().out
-    assert "before training: loss" in shown and "labels: " in shown and " -> 1" in shown and "Dry run" in shown
+    assert "before training: loss" in shown and "labels: " in shown and " -> good" in shown and "Dry run" in shown
     assert sorted(file.name for file in tmp_path.iterdir()) == ["s.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def measured(toy_bert, tmp_path_factory):
+    """head -> folder with rows.jsonl, what was trained (out), and the result of eval/classify.py (result.json)."""
+    made = {}
+    for head in ROWS:
+        folder = made[head] = tmp_path_factory.mktemp(head)
+        rows = write(folder / "rows.jsonl", {"sequence": sentences, "token": tagged, "span": asked}[head](40))
+        flags = ("--eval_data", rows, "--learning_rate", 1e-3, "--peft", "lora" if head == "sequence" else "none")
+        classify(folder, head, toy_bert, *flags, *LEARNT[head])
+        measure(folder, rows)
+    return made
+
+
+LEARNT = {"sequence": (), "token": ("--max_steps", 20), "span": ("--doc_stride", 4, "--max_length", 40)}
+
+
+def measure(folder, rows, *words, output="result.json"):
+    """Run eval/classify.py on the checkpoint of a folder."""
+    model = () if "--model" in words else ("--model", folder / "out")
+    script(ROOT / "eval" / "classify.py", *model, "--data", rows, "--output", folder / output, "--use_cpu", *words)
+    return json.loads((folder / output).read_text())
+
+
+@pytest.mark.parametrize("head", ROWS)
+def test_script_finds_what_the_run_found(head, measured):
+    result = json.loads((measured[head] / "result.json").read_text())
+    run = results(measured[head] / "out")[0]["metrics"]["after"]
+    names = {"sequence": ("accuracy", "f1_macro"), "token": ("f1", "precision", "recall", "accuracy")}
+    scale = 100 if head == "span" else 1  # SQuAD's script gives per cent
+    for name in names.get(head, ("exact_match", "f1")):
+        assert scale * result["metrics"][name]["value"] == pytest.approx(run[name]), name
+    assert len(result["rows"]) == 40 and len({row["id"] for row in result["rows"]}) == 40
+    again = measure(measured[head], measured[head] / "rows.jsonl", "--batch_size", 3, output="small.json")
+    assert [row["prediction"] for row in again["rows"]] == [row["prediction"] for row in result["rows"]]
+    assert result["contamination"]["read"], "it looked at what the checkpoint was trained on"
+
+
+def test_script_says_what_it_was_given(measured, toy, toy_bert, tmp_path, capsys):
+    folder = measured["sequence"]
+    named = write(tmp_path / "named.jsonl", [row | {"label": ("0", "2")[row["label"]]} for row in sentences(8)])
+    result = measure(folder, named, "--max_length", 8, output="named.json")
+    shown = capsys.readouterr().out
+    assert "no output for count as wrong: 2 (4)" in shown and "cut to its max_length" in shown
+    assert sum(row["score"] for row in result["rows"]) <= 4
+    other = write(tmp_path / "other.jsonl", [row | {"label": "xy"[row["label"]]} for row in sentences(8)])
+    with pytest.raises(InputError, match="no label of the rows is one of out's"):
+        measure(folder, other, output="x.json")
+    with pytest.raises(InputError, match="is no classifier"):
+        measure(folder, other, "--model", toy, output="x.json")
+    with pytest.raises(InputError, match="answer different questions"):
+        measure(folder, other, "--model", f"a={folder}/out", f"b={measured['token']}/out", output="both")
+
+
+def test_script_measures_a_regression(toy_bert, tmp_path):
+    rows = [row | {"label": 0.25 + row["label"] * 2} for row in sentences()]
+    file = write(tmp_path / "rows.jsonl", rows)
+    flags = ("--data", file, "--eval_data", file, "--output_dir", tmp_path / "out", *SHORT, *SMALL)
+    launch("classify", "--model_name_or_path", toy_bert, *flags)
+    result = measure(tmp_path, file)
+    run = results(tmp_path / "out")[0]["metrics"]["after"]
+    assert result["metrics"]["pearsonr"]["value"] == pytest.approx(run["pearsonr"], abs=1e-3)
+    assert all(row["score"] == pytest.approx(-((row["prediction"] - row["answer"]) ** 2)) for row in result["rows"])
 
 
 @pytest.mark.slow

@@ -1,15 +1,18 @@
 """GLUE: official files read as they are, the files to submit, prompts, and eval/glue.py as it is typed."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from eval_runs import write_rows
 from test_recipes import launch, script
 
 from alignment.errors import InputError
 from alignment.files import Broken
-from alignment.glue import TASKS, find_task, from_hub, macro_average, part, plan, question, submission
+from alignment.glue import DIAGNOSTIC, TASKS, find_task, from_hub, macro_average, part, plan, question, submission
+from alignment.models import load_checkpoint
 
 HEADERS = {
     "sst2": ("sentence\tlabel", "{text}\t{label}"),
@@ -50,7 +53,9 @@ def download(folder, name, labels, rows=24):
             lines.insert(0, "\t".join([index, *(column for column in task.tsv[:2] if column)]))
         elif name != "cola":
             lines.insert(0, HEADERS[name][0])
-        (place / file).write_text("\n".join([*lines, ""]), encoding="utf-8")
+        inner = folder / "diagnostic" if split == DIAGNOSTIC else place
+        inner.mkdir(exist_ok=True)
+        (inner / file).write_text("\n".join([*lines, ""]), encoding="utf-8")
     return folder
 
 
@@ -103,7 +108,7 @@ def test_files_to_submit():
     names = {file for task in TASKS.values() for *_, file in task.splits.values() if file}
     assert names == {
         "CoLA.tsv", "SST-2.tsv", "MRPC.tsv", "STS-B.tsv", "QQP.tsv", "MNLI-m.tsv", "MNLI-mm.tsv", "QNLI.tsv",
-        "RTE.tsv", "WNLI.tsv",
+        "RTE.tsv", "WNLI.tsv", "AX.tsv",
     }  # fmt: skip
 
 
@@ -217,8 +222,11 @@ def test_checkpoints_are_measured_and_their_test_rows_predicted(checkpoints, cap
     assert metrics["average"]["value"] == pytest.approx(np.mean(means))
     rows = [row for row in result["rows"] if row["task"] == "stsb"]
     assert len(result["rows"]) == 24 * 3
+    found = result["contamination"]  # the rows made up for training and for dev are the same
+    assert found["rows"] == found["found"] == 24 * 3 and sum(found["read"].values()) == 2 * 24
+    assert "72 of the 72 rows stand in its 48 training rows" in shown
     assert all(row["score"] == pytest.approx(-((row["prediction"] - row["label"]) ** 2)) for row in rows)
-    for name, word in (("MNLI-m", "entailment neutral contradiction"), ("MNLI-mm", ""), ("STS-B", "")):
+    for name, word in (("MNLI-m", "entailment neutral contradiction"), ("MNLI-mm", ""), ("AX", ""), ("STS-B", "")):
         lines = (folder / "mine" / "seed42" / f"{name}.tsv").read_text().splitlines()
         assert lines[0] == "index\tprediction" and len(lines) == 25
         assert not word or lines[1].split("\t")[1] in word.split()
@@ -249,6 +257,53 @@ def test_language_model_is_asked_for_the_label_word(tmp_path, toy, toy_bert):
     assert one == other and len(one) == 6
     with pytest.raises(InputError, match="is an encoder"):
         script(ROOT / "eval" / "glue.py", "--model", toy_bert, *words, "--output", tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "shots"), [("rte", "acc", 0), ("rte", "acc", 1), ("mnli", "acc", 2), ("cola", "mcc", 2)]
+)
+def test_asking_scores_as_lm_eval_does(name, key, shots, tmp_path, monkeypatch):
+    """The embedded pairs as rows of a task, asked by us and by lm-eval's own task with the same examples."""
+    import re
+    from argparse import Namespace
+    from pathlib import Path
+
+    import lm_eval.tasks
+    import yaml
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks.glue.mnli.utils import doc_to_text
+
+    from alignment.metrics import metric
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    task, (model, tokenizer) = TASKS[name], load_checkpoint(ROOT / "data" / "tiny" / "model")
+    pairs = [json.loads(line) for line in (ROOT / "data/tiny/sentence_pairs/test.jsonl").read_text().splitlines()[:60]]
+    labels = [row["label"] % len(task.labels) for row in pairs]
+    docs = [dict(zip(task.hub, (row["sentence1"], row["sentence2"]), strict=True)) for row in pairs]
+    docs = [{c: v for c, v in (doc | {"label": k}).items() if c} for doc, k in zip(docs, labels, strict=True)]
+    rows = [from_hub(task, doc | {"idx": 0}) for doc in docs]
+    glue = runpy.run_path(str(ROOT / "eval" / "glue.py"))
+    glue["ask"].__globals__["training_rows"] = lambda job: rows[:8]
+    job = glue["Job"](task, 0, tmp_path, "", {"dev": rows[8:]})
+    found = glue["ask"](job, (model.double(), tokenizer), Namespace(shots=shots, seed=1, batch_size=5))["dev"]
+
+    file = Path(lm_eval.tasks.__file__).parent / "glue" / name / "default.yaml"
+    config = yaml.safe_load(re.sub("!function ", "", file.read_text())) | {"tag": None, "dataset_name": None}
+    files = {"train": docs[:8], "validation": docs[8:]}
+    files = {split: str(write_rows(tmp_path / f"{split}.jsonl", some)) for split, some in files.items()}
+    config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": files}, "validation_split": "validation"}
+    config |= {"doc_to_text": doc_to_text} if name == "mnli" else {}
+    chosen = [docs[i] for i in np.random.default_rng(1).permutation(8)[:shots]]
+    config |= {"num_fewshot": shots, "fewshot_config": {"sampler": "first_n", "samples": chosen}} if shots else {}
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=4)
+    theirs = evaluate(lm, {"tasks": {name: ConfigurableTask(config=config)}}, bootstrap_iters=0)
+    samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
+    assert found == [int(np.argmax([pair[0] for pair in sample["filtered_resps"]])) for sample in samples]
+    assert len(set(found)) > 1 or not shots, "the answers differ"
+    (mine,) = metric("glue", name).compute(predictions=found, references=labels[8:]).values()
+    assert mine == pytest.approx(theirs["results"][name][f"{key},none"])
 
 
 @pytest.mark.parametrize(

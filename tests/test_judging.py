@@ -12,6 +12,7 @@ from conftest import ROOT
 from eval_runs import run_script, save_reward_model, write_rows
 
 from alignment.calibration import expected_calibration_error, rank_correlation, reliability, win_probabilities
+from alignment.checkpoints import head_of
 from alignment.errors import InputError
 from alignment.journal import Journal
 from alignment.judging import (
@@ -19,7 +20,6 @@ from alignment.judging import (
     Contest,
     controlled_win_rate,
     fill,
-    has_score_head,
     intercept,
     judge_by_model,
     judge_by_reward,
@@ -141,7 +141,7 @@ def test_a_reward_adapter_is_measured(monkeypatch, toy, tmp_path):
     config = peft.LoraConfig(r=2, init_lora_weights=False, task_type="SEQ_CLS", modules_to_save=["score"])
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     AutoTokenizer.from_pretrained(toy).save_pretrained(tmp_path / "adapter")
-    assert has_score_head(tmp_path / "adapter")
+    assert head_of(tmp_path / "adapter") == "sequence"
     rows = write_rows(tmp_path / "pairs.jsonl", PAIRS)
     words = ["--model", tmp_path / "adapter", "--data", rows, "--output", tmp_path / "r.json"]
     run_script(monkeypatch, "reward", *words)

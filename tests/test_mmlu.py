@@ -239,7 +239,7 @@ def test_several_models_one_table_and_a_file_each(monkeypatch, tmp_path, capsys)
     row = first.rows[0]
     assert row["score"] == (row["prediction"] == row["answer"]) and len(row["log_likelihoods"]) == 4
     assert row["prediction"] == LETTERS[max(range(4), key=row["log_likelihoods"].__getitem__)]
-    assert first.metrics["score"]["value"] == pytest.approx(sum(row["score"] for row in first.rows) / 24)
+    assert first.metrics["accuracy"]["value"] == pytest.approx(sum(row["score"] for row in first.rows) / 24)
 
 
 def test_interrupted_and_resumed_and_the_batch_size_changes_nothing(monkeypatch, tmp_path):
@@ -281,7 +281,7 @@ def test_several_wordings_give_their_spread(monkeypatch, tmp_path, capsys):
     for row, one, two in zip(both.rows, parts[0].rows, parts[1].rows, strict=True):
         assert row["score"] == (one["score"] + two["score"]) / 2
         assert (row["score/wording_1"], row["score/terse"]) == (one["score"], two["score"])
-    means = sorted(part.metrics["score"]["value"] for part in parts)
+    means = sorted(part.metrics["accuracy"]["value"] for part in parts)
     assert [both.metrics[f"wordings/{name}"]["value"] for name in ("lowest", "highest")] == means
     assert "wordings/sd" in out and "wording/terse" in out
     same = {"shots": 2, "chat": False, "multiturn": False}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CHATML, toy_tokenizer
+from conftest import CHATML, ROOT, toy_tokenizer
 from test_recipes import launch, results
 from toy_runs import same_weights
 
@@ -94,6 +94,14 @@ def test_dry_run_rehearses_and_writes_nothing(toy, prompts, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "Rehearsal" in shown and "Dry run" in shown and "never stops" in shown
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tuned_model_is_not_asked_in_plain_text_unsaid(toy, tmp_path, capsys):
+    flags = ("--model_name_or_path", toy, "--output_dir", tmp_path / "out", "--dry_run", *SMALL)
+    launch("grpo", *flags)
+    assert "this model has a chat template" in " ".join(capsys.readouterr().out.split())
+    launch("grpo", *flags, "--data", ROOT / "data" / "tiny" / "prompts")
+    assert "this model has a chat template" not in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_rehearsal_does_not_change_the_run(toy, prompts, tmp_path, letters):

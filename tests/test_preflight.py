@@ -141,6 +141,13 @@ def test_near_equal_pairs(monkeypatch, flags):
     assert one(findings, "warning", "12 pairs differ in less than 5 %")
 
 
+def test_few_held_out_rows_say_nothing(monkeypatch, flags):
+    rows = [{"messages": [turn for side in chat(f"fox {i}", "qxz wvk") for turn in side]} for i in range(60)]
+    findings = examined(monkeypatch, "sft", flags("sft", "--test_size=0.05", rows=rows))
+    assert "--test_size 12" in one(findings, "warning", "3 of 60 rows are held out: each is 33 points")
+    assert not at(examined(monkeypatch, "sft", flags("sft", "--test_size=12", rows=rows)), "warning")
+
+
 @pytest.mark.parametrize(("policy", "word"), [("drop", "dropped"), ("cut", "cut")])
 def test_rows_too_long_and_the_length_that_keeps_them(monkeypatch, flags, policy, word):
     rows = []
