@@ -259,9 +259,7 @@ def test_language_model_is_asked_for_the_label_word(tmp_path, toy, toy_bert):
         script(ROOT / "eval" / "glue.py", "--model", toy_bert, *words, "--output", tmp_path / "c.json")
 
 
-@pytest.mark.parametrize(
-    ("name", "key", "shots"), [("rte", "acc", 0), ("rte", "acc", 1), ("mnli", "acc", 2), ("cola", "mcc", 2)]
-)
+@pytest.mark.parametrize(("name", "key", "shots"), [("rte", "acc", 1), ("mnli", "acc", 2), ("cola", "mcc", 0)])
 def test_asking_scores_as_lm_eval_does(name, key, shots, tmp_path, monkeypatch):
     """The embedded pairs as rows of a task, asked by us and by lm-eval's own task with the same examples."""
     import re
