@@ -37,16 +37,29 @@ def answers_of(name: str, path: str, args: Namespace) -> list[dict]:
     if path.endswith(".json"):
         return read_answers(path)
     from alignment.generation import Decoding, generate_answers
+    from alignment.journal import Journal
     from alignment.questions import Asking, read_questions
 
     rows = choose_rows(read_questions(args.data, "exact", unanswered=True), args.limit)
-    model, tokenizer = load(path, args)
-    prompts = [Asking(chat=True)(row["prompt"]) for row in rows]
-    answers = generate_answers(
-        model, tokenizer, prompts, Decoding(args.max_new_tokens), batch_size=args.batch_size, label=name
-    )
-    triples = zip(rows, prompts, answers, strict=True)
-    return [{"id": row["id"], "turns": turns, "text": answer.text} for row, turns, answer in triples]
+    asked = Namespace(**vars(args) | {"models": {name: path}})
+    head = new_result(name, asked, ("answers", VERSION), "chat", {"max_new_tokens": args.max_new_tokens})
+    with Journal(head, [row["id"] for row in rows], answers_file(name, args), args.resume) as journal:
+        todo = journal.todo(rows)
+        prompts = [Asking(chat=True)(row["prompt"]) for row in todo]
+
+        def book(answers) -> None:
+            made = ((todo[n]["id"], prompts[n], answer.text) for n, answer in answers.items())
+            journal.add({"id": row, "turns": turns, "text": text} for row, turns, text in made)
+
+        if todo:
+            decoding = Decoding(args.max_new_tokens)
+            generate_answers(*load(path, args), prompts, decoding, batch_size=args.batch_size, label=name, made=book)
+        return journal.rows()
+
+
+def answers_file(name: str, args: Namespace) -> Path:
+    """Return the file beside which the answers of a checkpoint are kept until they are judged."""
+    return next(iter(args.files.values())).with_name(f"answers-{name.replace('/', '_')}.json")
 
 
 def read_answers(path: str) -> list[dict]:
@@ -185,9 +198,12 @@ def main() -> None:
         results[name] = evaluate(name, baseline, args, judge)
         keep(name, results[name], args)
     from alignment.generation import process_state
+    from alignment.journal import drop_parts
 
     show_all(results, args)
     if process_state().is_main_process:
+        for name in (args.baseline_name, *args.models):
+            drop_parts(answers_file(name, args))
         for name, result in results.items():
             print(textwrap.fill("- " + say(name, result, args.baseline_name), 100, subsequent_indent="  "))
 

@@ -318,6 +318,27 @@ def test_checkpoints_answer_as_generate_would(monkeypatch, toy, reward_model, an
     words += ["--output", tmp_path / "r.json"]
     run_script(monkeypatch, "win_rate", "--baseline", answers / "greedy.json", "--model", toy, *words)
     assert {row["score"] for row in read_result(tmp_path / "r.json").rows} == {0.5}, "the same answers tie"
+    assert [file.name for file in tmp_path.glob(".*")] == []
+
+
+def test_interrupted_answers_are_not_made_again(monkeypatch, toy, reward_model, answers, tmp_path):
+    from alignment import generation, judging
+
+    made, whole = [], generation.generate_answers
+    words = ["--baseline", toy, "--model", answers / "greedy.json", "--judge", reward_model, "--max_new_tokens", 6]
+    words += ["--data", answers / "rows.jsonl", "--output", tmp_path / "r.json"]
+
+    def counted(model, tokenizer, prompts, *more, **options):
+        made.append(len(prompts))
+        return whole(model, tokenizer, prompts, *more, **options)
+
+    monkeypatch.setattr(generation, "generate_answers", counted)
+    with monkeypatch.context() as broken:
+        broken.setattr(judging, "judge_by_reward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_script(monkeypatch, "win_rate", *words)
+    run_script(monkeypatch, "win_rate", *words, "--resume")
+    assert made == [12] and len(read_result(tmp_path / "r.json").rows) == 12
 
 
 def test_answers_that_cannot_be_judged_are_refused(monkeypatch, reward_model, answers, tmp_path):
