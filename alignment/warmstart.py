@@ -12,7 +12,6 @@ from alignment.critic import policy_of
 from alignment.errors import InputError
 from alignment.models import LoadedModel
 
-ENCODER_FILE = "prompt_encoder.safetensors"
 # Any text is a better first prefix than noise: its keys and values are ones the model has learnt to read.
 PREFIX_TEXT = "Read the question with care, think about what is asked, and give a short and correct answer. "
 
@@ -85,8 +84,73 @@ def _align_reference(model: peft.PeftModel, rounded: bool) -> None:
             target.data.copy_(source.data)
 
 
-class RankSchedule(TrainerCallback):
-    """Move AdaLoRA's ranks while it trains (Zhang et al. 2023); else it stays at its first rank."""
+class Companion(TrainerCallback):
+    """Keep with each checkpoint what PEFT leaves out of it, and read it back when the run goes on.
+
+    Attributes:
+        file: its name in the checkpoint's folder. why: it is needed.
+    """
+
+    file, why = "", ""
+
+    def tensors(self, model: peft.PeftModel) -> dict[str, torch.Tensor]:
+        """Return what is kept."""
+        raise NotImplementedError
+
+    def restore(self, model: peft.PeftModel, kept: dict[str, torch.Tensor]) -> None:
+        """Put it back."""
+        raise NotImplementedError
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        """Write it into the checkpoint."""
+        if state.is_world_process_zero:
+            tensors = {name: value.detach().contiguous().cpu() for name, value in self.tensors(model).items()}
+            save_file(tensors, self._path(args, state))
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Read it back when the run goes on from a checkpoint."""
+        if not state.global_step:
+            return
+        path = self._path(args, state)
+        if not path.is_file():
+            raise InputError(
+                f"no {path.name} in {path.parent}", where="--resume_from_checkpoint", why=self.why, fix="start again"
+            )
+        self.restore(model, load_file(path))
+
+    def _path(self, args, state) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file
+
+
+class RankSchedule(Companion):
+    """Move AdaLoRA's ranks while it trains (Zhang et al. 2023); else it stays at its first rank.
+
+    While it trains, the ranks in use are known here and not to PEFT, which would cut the weights of a checkpoint to
+    them: they would fit no model that goes on from it.
+    """
+
+    file, why = "rank_allocator.safetensors", "AdaLoRA's ranks follow running means, which would start anew"
+    means = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+    def __init__(self):
+        """Begin at full rank."""
+        self.pattern: dict[str, list[bool]] | None = None
+
+    def tensors(self, model):
+        """Return the running means of the importance of weights, and the ranks in use."""
+        found = {f"rank_pattern/{name}": torch.tensor(flags) for name, flags in (self.pattern or {}).items()}
+        for mean in self.means:
+            found |= {f"{mean}/{name}": v for name, v in vars(model.base_model.rankallocator)[mean].items()}
+        return found
+
+    def restore(self, model, kept):
+        """Put means and ranks back."""
+        groups: dict[str, dict] = {}
+        for name, value in kept.items():
+            group, _, name = name.partition("/")
+            groups.setdefault(group, {})[name] = value.to(model.device)
+        self.pattern = {name: flags.tolist() for name, flags in groups.pop("rank_pattern", {}).items()} or None
+        vars(model.base_model.rankallocator).update(groups)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Spread the schedule over the run: a tenth at full rank, the last third at the final one."""
@@ -95,35 +159,30 @@ class RankSchedule(TrainerCallback):
         config.tinit, config.tfinal = config.total_step // 10, config.total_step // 3
         model.base_model.rankallocator.reset_ipt()
         model.base_model.rankallocator.set_total_step(config.total_step)
+        super().on_train_begin(args, state, control, model=model, **kwargs)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         """Allocate the ranks from the gradients of this step, which are still there."""
+        config = model.peft_config["default"]
+        config.rank_pattern = self.pattern
         model.base_model.update_and_allocate(state.global_step + 1)
+        self.pattern, config.rank_pattern = config.rank_pattern, None
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        """Tell PEFT the ranks: the weights of the finished run are cut to them."""
+        model.peft_config["default"].rank_pattern = self.pattern
 
 
-class EncoderState(TrainerCallback):
+class EncoderState(Companion):
     """Keep p-tuning's encoder with each checkpoint: PEFT saves only the tokens it made."""
 
-    def on_save(self, args, state, control, model=None, **kwargs):
-        """Write the encoder into the checkpoint."""
-        if state.is_world_process_zero:
-            weights = {key: value.contiguous().cpu() for key, value in model.prompt_encoder.state_dict().items()}
-            save_file(weights, self._file(args, state))
+    file = "prompt_encoder.safetensors"
+    why = "p-tuning's virtual tokens come from an encoder; without it they would be random"
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Read it back when the run goes on from a checkpoint."""
-        if not state.global_step:
-            return
-        file = self._file(args, state)
-        if not file.is_file():
-            raise InputError(
-                f"no {ENCODER_FILE} in {file.parent}",
-                where="--resume_from_checkpoint",
-                why="p-tuning's virtual tokens come from an encoder; without it they would be random",
-                fix="start again",
-            )
-        model.prompt_encoder.load_state_dict(load_file(file))
+    def tensors(self, model):
+        """Return the encoder's weights."""
+        return model.prompt_encoder.state_dict()
 
-    @staticmethod
-    def _file(args, state) -> Path:
-        return Path(args.output_dir) / f"checkpoint-{state.global_step}" / ENCODER_FILE
+    def restore(self, model, kept):
+        """Load them."""
+        model.prompt_encoder.load_state_dict(kept)

@@ -175,28 +175,36 @@ def plain_prefix_ids(toy, tokens):
     return ids[:, :tokens]
 
 
-def test_ptuning_resumes_where_it_was(toy, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "steps", "kept"),
+    [("ptuning", 2, "prompt_encoder.safetensors"), ("adalora", 9, "rank_allocator.safetensors")],
+)
+def test_resumes_where_it_was(toy, tmp_path, name, steps, kept):
     options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
-    whole, _, _ = train(toy, tmp_path / "a", "sft", "--peft", "ptuning", steps=2, **options)
+    whole, _, _ = train(toy, tmp_path / "a", "sft", "--peft", name, steps=steps, **options)
     args = arguments(
-        toy, tmp_path / "a", "--peft", "ptuning", "--learning_rate", "0.01", train=SFTConfig, recipe="sft",
-        max_steps=2, per_device_train_batch_size=4, save_strategy="no", disable_tqdm=True,
+        toy, tmp_path / "a", "--peft", name, "--learning_rate", "0.01", train=SFTConfig, recipe="sft",
+        max_steps=steps, per_device_train_batch_size=4, save_strategy="no", disable_tqdm=True,
         lr_scheduler_type="constant", activation_checkpointing=False,
     )  # fmt: skip
-    loaded = models.load_model(args)
-    trainer = SFTTrainer(
-        loaded.model,
-        args.train,
-        train_dataset=ROWS,
-        processing_class=loaded.tokenizer,
-        peft_config=loaded.peft_config,
-    )
-    ready(trainer, loaded)
-    encoder = tmp_path / "a" / "checkpoint-1" / "prompt_encoder.safetensors"
-    assert encoder.is_file()
-    trainer.train(resume_from_checkpoint=str(encoder.parent))
-    for name, parameter in whole.model.prompt_encoder.named_parameters():
-        torch.testing.assert_close(trainer.model.prompt_encoder.get_parameter(name), parameter, msg=name)
+
+    def resumed(folder):
+        loaded = models.load_model(args)
+        trainer = SFTTrainer(
+            loaded.model, args.train, train_dataset=ROWS, processing_class=loaded.tokenizer,
+            peft_config=loaded.peft_config,
+        )  # fmt: skip
+        ready(trainer, loaded)
+        trainer.train(resume_from_checkpoint=str(folder))
+        return trainer.model
+
+    for step in {1, steps // 2 + 1} - {steps}:
+        model = resumed(tmp_path / "a" / f"checkpoint-{step}")
+        for key, parameter in whole.model.named_parameters():
+            torch.testing.assert_close(model.get_parameter(key), parameter, msg=key)
+    (tmp_path / "a" / "checkpoint-1" / kept).unlink()
+    with pytest.raises(InputError, match=f"no {kept}"):
+        resumed(tmp_path / "a" / "checkpoint-1")
 
 
 def test_adalora_moves_its_ranks(toy, tmp_path):
