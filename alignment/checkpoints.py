@@ -31,16 +31,17 @@ from alignment.folders import (
     ADAPTER_WEIGHTS,
     TOKENIZER_FILES,
     check_model,
+    fetch,
     find_base,
     is_adapter,
 )
 from alignment.heads import (
     ENDINGS,
     NEW_HEADS,
+    adapter_config,
     class_for,
     has_head,
     key_mapping,
-    kind_of,
     name_outputs,
     prepare_head,
     saved_labels,
@@ -243,30 +244,6 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def adapter_config(path: str | Path) -> peft.PeftConfig:
-    """Return the configuration of an adapter folder; raises InputError when it cannot be read."""
-    if not (Path(path) / ADAPTER_WEIGHTS).is_file():
-        raise InputError(
-            f"no {ADAPTER_WEIGHTS} in {path}",
-            where=str(path),
-            why="there is a configuration without weights (or only a pickle, which is not read)",
-            fix="save the adapter again with save_pretrained()",
-        )
-    try:
-        return peft.PeftConfig.from_pretrained(str(path))
-    except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{Path(path) / ADAPTER_CONFIG} cannot be read: {error}", where=str(path)) from error
-
-
-def head_of(path: str | Path) -> str:
-    """Return the head a checkpoint was saved with: "causal" for a language model, "sequence", "token" or "span"."""
-    if is_adapter(path):
-        return kind_of(adapter_config(path))
-    check_model(path)
-    names = PretrainedConfig.get_config_dict(str(path))[0].get("architectures") or []
-    return next((head for head, end in ENDINGS.items() if any(name.endswith(end) for name in names)), "causal")
-
-
 def load_adapter(base: PreTrainedModel, path: str | Path, trainable: bool = False) -> peft.PeftModel:
     """Return the base with the adapter of a folder on it, every tensor of the adapter in its place.
 
@@ -348,6 +325,7 @@ def load_checkpoint(
     """
     from alignment.adapters import nf4
 
+    path = fetch(path)
     quantization = nf4() if load_in_4bit else None
     options = {"dtype": dtype, "quantization": quantization, "trust_remote_code": trust_remote_code}
     if not is_adapter(path):

@@ -24,9 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from alignment.batching import TokenCount, split_rows
-from alignment.checkpoints import adapter_config, load_base
+from alignment.checkpoints import load_base
 from alignment.errors import InputError
-from alignment.folders import find_base, is_adapter
+from alignment.folders import fetch, find_base, is_adapter
+from alignment.heads import adapter_config
 from alignment.shared_scores import REWARD, SharedScores
 
 CRITIC_FILE = Path("critic") / "critic.safetensors"
@@ -258,6 +259,7 @@ def build(
         InputError: the adapter cannot be switched, or the reward model is of another base.
     """
     shared = isinstance(policy, PeftModel)
+    critic_model = fetch(critic_model) if critic_model else None
     if shared:
         _refuse_unswitchable(policy)
     if shared and continued and reference:

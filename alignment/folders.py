@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from alignment.errors import InputError, nearest
 
@@ -15,6 +16,19 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 def is_adapter(path: str | Path) -> bool:
     """Say whether the path is a folder that holds an adapter and not a model."""
     return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def fetch(path: str | Path, revision: str = "main") -> str:
+    """Return the folder an adapter of the hub is downloaded to; every other path as it is."""
+    name = str(path)
+    if name.count("/") > 1 or Path(name).expanduser().exists():
+        return name
+    try:
+        huggingface_hub.hf_hub_download(name, ADAPTER_CONFIG, revision=revision)
+    except (HfHubHTTPError, HFValidationError, OSError):  # no adapter; `check_model` says it when there is no model
+        return name
+    files = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    return huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files, ignore_patterns="*/*")
 
 
 def check_model(path: str | Path, revision: str = "main") -> None:

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from alignment.errors import InputError
+from alignment.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_model, fetch, is_adapter
 
 MAPPINGS = {
     "causal": MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -103,6 +104,31 @@ def key_mapping(config: PretrainedConfig, head: str, trusted: bool) -> dict[str,
 def kind_of(config: PeftConfig) -> str:
     """Return the head an adapter was trained under."""
     return next((head for head, task in TASK_TYPES.items() if task == config.task_type), "causal")
+
+
+def adapter_config(path: str | Path) -> PeftConfig:
+    """Return the configuration of an adapter folder; raises InputError when it cannot be read."""
+    if not (Path(path) / ADAPTER_WEIGHTS).is_file():
+        raise InputError(
+            f"no {ADAPTER_WEIGHTS} in {path}",
+            where=str(path),
+            why="there is a configuration without weights (or only a pickle, which is not read)",
+            fix="save the adapter again with save_pretrained()",
+        )
+    try:
+        return PeftConfig.from_pretrained(str(path))
+    except (TypeError, KeyError, ValueError) as error:
+        raise InputError(f"{Path(path) / ADAPTER_CONFIG} cannot be read: {error}", where=str(path)) from error
+
+
+def head_of(path: str | Path) -> str:
+    """Return the head a checkpoint was saved with: "causal" for a language model, "sequence", "token" or "span"."""
+    path = fetch(path)
+    if is_adapter(path):
+        return kind_of(adapter_config(path))
+    check_model(path)
+    names = PretrainedConfig.get_config_dict(str(path))[0].get("architectures") or []
+    return next((head for head, end in ENDINGS.items() if any(name.endswith(end) for name in names)), "causal")
 
 
 def saved_labels(path: str | Path) -> list[str] | None:

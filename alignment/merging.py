@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from alignment.checkpoints import adapter_config, load_adapter, load_base, load_tokenizer, set_padding
+from alignment.checkpoints import load_adapter, load_base, load_tokenizer, set_padding
 from alignment.errors import InputError
-from alignment.folders import find_base, is_adapter
-from alignment.heads import kind_of, saved_labels
+from alignment.folders import fetch, find_base, is_adapter
+from alignment.heads import adapter_config, kind_of, saved_labels
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -54,7 +54,7 @@ def merge(
     Raises:
         InputError: no adapter, a method without a merge, `out` exists, or the merged model differs too much.
     """
-    path, out = Path(path), Path(out)
+    path, out = Path(fetch(path)), Path(out)
     if not is_adapter(path):
         raise InputError(f"no adapter at {path}", where=str(path), fix="give the output folder of a PEFT run")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignment import adapters
 from alignment.checkpoints import (
-    adapter_config,
     check_vocabulary,
     load_adapter,
     load_base,
@@ -24,8 +23,8 @@ from alignment.checkpoints import (
     set_padding,
 )
 from alignment.errors import InputError
-from alignment.folders import check_model, find_base, is_adapter
-from alignment.heads import kind_of, saved_labels
+from alignment.folders import check_model, fetch, find_base, is_adapter
+from alignment.heads import adapter_config, kind_of, saved_labels
 from alignment.memory import memory_estimate, parameters
 from alignment.merging import merge, merge_in_memory
 
@@ -74,7 +73,7 @@ def load_model(args: Arguments, head: str = "causal", labels: Sequence[str] | No
     """Load the model of a run and decide on its adapter; what `args.train` left open is set to suit it.
 
     Args:
-        args: the parsed arguments. `--model_name_or_path` is a model, an adapter folder or a hub id.
+        args: the parsed arguments. `--model_name_or_path` is a model or an adapter, in a folder or on the hub.
         head: "causal" for a language model, "sequence" for scores per row (one for a reward model), "token" for scores
             per token, "span" for the first and last token of an answer.
         labels: names of the scores of a classifier.
@@ -85,6 +84,7 @@ def load_model(args: Arguments, head: str = "causal", labels: Sequence[str] | No
     path = args.model.model_name_or_path
     if not path:
         raise InputError("no model", where="--model_name_or_path", fix="give a folder or a hub id")
+    path = fetch(path, args.model.model_revision)
     if is_adapter(path):
         return _from_adapter(args, path, head, labels)
     name = adapters.resolve(args)

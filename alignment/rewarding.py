@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
-from alignment.checkpoints import adapter_config, load_checkpoint
+from alignment.checkpoints import load_checkpoint
 from alignment.errors import InputError, nearest
-from alignment.folders import ADAPTER_WEIGHTS, check_model, is_adapter
+from alignment.folders import ADAPTER_WEIGHTS, check_model, fetch, is_adapter
+from alignment.heads import adapter_config
 from alignment.rewards import last_text, steps_of
 from alignment.templates import ChatEncoder
 
@@ -44,6 +45,7 @@ class RewardModel:
     __name__ = "reward_model"
 
     def __init__(self, path: str | Path, batch_size: int = 64, dtype: str | torch.dtype = "float32", **options: bool):
+        path = fetch(path)
         check_scores(path)
         self.path, self.batch_size = str(path), batch_size
         self.model, self.tokenizer = load_checkpoint(path, dtype, head="sequence", **options)
@@ -127,7 +129,7 @@ class RewardModel:
 
 def check_scores(path: str | Path, flag: str = "--reward_model") -> None:
     """Raise InputError when a checkpoint, given by this flag, does not give one score per text."""
-    fix = "a folder that recipes/reward.py left"
+    fix, path = "a folder that recipes/reward.py left", fetch(path)
     if is_adapter(path):
         config = adapter_config(path)
         if config.task_type != "SEQ_CLS":

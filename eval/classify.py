@@ -46,7 +46,7 @@ def read_rows(args: Namespace, head: str) -> list[dict]:
 
 def find_head(args: Namespace) -> str:
     """Return the head all models have; raises InputError for one that is no classifier, or of another kind."""
-    from alignment.checkpoints import head_of
+    from alignment.heads import head_of
 
     heads = {name: head_of(path) for name, path in args.models.items()}
     for name, head in heads.items():

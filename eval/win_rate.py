@@ -82,8 +82,8 @@ def read_answers(path: str) -> list[dict]:
 
 def make_judge(args: Namespace):
     """Return (a function of contests that gives their verdicts, the judge's tokenizer, the kind of judge)."""
-    from alignment.checkpoints import head_of
     from alignment.generation import process_state
+    from alignment.heads import head_of
     from alignment.judging import judge_by_model, judge_by_reward, read_judge_prompt
     from alignment.rewarding import RewardModel, check_scores
 

@@ -12,8 +12,8 @@ from conftest import ROOT
 from eval_runs import run_script, save_reward_model, write_rows
 
 from alignment.calibration import expected_calibration_error, rank_correlation, reliability, win_probabilities
-from alignment.checkpoints import head_of
 from alignment.errors import InputError
+from alignment.heads import head_of
 from alignment.journal import Journal
 from alignment.judging import (
     PROMPT,

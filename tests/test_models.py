@@ -217,6 +217,24 @@ def test_adalora_moves_its_ranks(toy, tmp_path):
     torch.testing.assert_close(answer(model), answer(trainer.model), atol=1e-5, rtol=1e-4)
 
 
+def test_adapter_of_the_hub(tuned, toy, tmp_path, monkeypatch):
+    """A cache as the hub's own library writes it; offline, as everywhere in these tests."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / "models--me--tuned"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(tuned / "lora", place / "snapshots" / ("a" * 40))
+    ours, _ = models.load_checkpoint("me/tuned")
+    torch.testing.assert_close(answer(ours), answer(models.load_checkpoint(tuned / "lora")[0]))
+    loaded = models.load_model(arguments("me/tuned", tmp_path / "out"))
+    assert loaded.method == "lora"
+    assert models.merge("me/tuned", tmp_path / "merged")["agreement"] == 1.0
+    with pytest.raises(InputError, match="me/other is neither a folder here nor in the cache"):
+        models.load_checkpoint("me/other")
+
+
 @pytest.mark.parametrize("name", ["lora", "ia3"])
 def test_merged_is_adapter(tuned, tmp_path, name):
     distance = models.merge(tuned / name, tmp_path / "merged")

@@ -10,6 +10,7 @@ from toy_runs import RECIPES, SETTINGS, built, start, toy_rows
 
 from alignment import launch, preflight
 from alignment.errors import InputError
+from alignment.first_loss import first_loss
 
 
 @pytest.fixture
@@ -257,7 +258,7 @@ def test_looking_changes_nothing(monkeypatch, flags, recipe):
         trainer, args, loaded, rows = built(monkeypatch, recipe, *flags(recipe, "--peft=lora", "--lora_dropout=0.3"))
         before = torch.get_rng_state()
         if look:
-            preflight.first_loss(trainer)
+            first_loss(trainer)
             assert torch.equal(before, torch.get_rng_state()) and trainer.model.training is True
             assert not trainer._metrics["eval"] and trainer.token_count.computed == 0
             assert trainer.accelerator._dataloaders == []
