@@ -18,6 +18,7 @@ from alignment.glue import find_task, plan
 from alignment.sources import Part, resolve
 
 NGRAM, SHARE = 13, 0.5
+MANY = 0.1  # share of rows found from which on numbers are warned of
 MOST_ROWS = 200_000  # training rows an evaluation reads by itself; data/contamination.py reads all
 _WORD = re.compile(r"\w+|[-+*/^=<>%]")  # 17 + 7 is not 17 - 7
 # The columns that hold what is asked; of rows without any of them every text counts.
@@ -234,6 +235,8 @@ def sentence(found: Mapping[str, Any]) -> str:
     if not found["read"]:
         return f"not checked for contamination{skipped}"
     if not found["found"]:
-        return f"none of the {found['rows']:,} rows stands in its {read:,} training rows{skipped}"
-    verb = "stands" if found["found"] == 1 else "stand"
-    return f"{found['found']:,} of the {found['rows']:,} rows {verb} in its {read:,} training rows{skipped}"
+        return f"none of the {found['rows']:,} rows overlaps with the {read:,} rows of its training data{skipped}"
+    verb = "overlaps" if found["found"] == 1 else "overlap"
+    many = "warning: these are no unseen rows: " if found["found"] > MANY * found["rows"] else ""
+    data = f"the {read:,} rows of its training data"
+    return f"{many}{found['found']:,} of the {found['rows']:,} rows {verb} with {data}{skipped}"

@@ -210,6 +210,16 @@ def keep(name: str, result: Result, args: Namespace, rows: Sequence[dict[str, An
         drop_parts(args.files[name])
 
 
+def show_contamination(console: Any, results: Mapping[str, Result]) -> None:
+    """Print for each model whether its training data hold the rows; in yellow when they hold many."""
+    from alignment.contamination import sentence
+
+    for name, result in results.items():
+        if result.contamination:
+            text = sentence(result.contamination)
+            console.print(f"{name}: {text}", style="yellow" if "warning" in text else "dim", soft_wrap=True)
+
+
 def show_all(results: Mapping[str, Result], args: Namespace, refused: Mapping[str, str] | None = None) -> None:
     """Print the table of all models, where their files are, and what to do next, on the main process.
 
@@ -217,7 +227,6 @@ def show_all(results: Mapping[str, Result], args: Namespace, refused: Mapping[st
     """
     from rich.console import Console
 
-    from alignment.contamination import sentence
     from alignment.generation import process_state
 
     if not process_state().is_main_process:
@@ -228,9 +237,7 @@ def show_all(results: Mapping[str, Result], args: Namespace, refused: Mapping[st
     console.print(results_table(results, refused=list(refused or {})))
     for name, why in (refused or {}).items():
         console.print(f"[yellow]{name}: {why}[/yellow]")
-    for name, result in results.items():
-        if result.contamination:
-            console.print(f"{name}: {sentence(result.contamination)}", style="dim", soft_wrap=True)
+    show_contamination(console, results)
     for file in args.files.values():
         console.print(f"written: {file}", soft_wrap=True)
     if len(results) > 1:

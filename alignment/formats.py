@@ -370,6 +370,16 @@ def core_columns(kind: str) -> set[str]:
     return {*CORE[kind], *KEPT}
 
 
+def missing_labelled(columns: list[str]) -> str:
+    """Return "theirs: ours" for the text or the label that these columns do not have under a known name."""
+    text = next((name for name in SINGLES if name in columns), None)
+    label = next((name for name in LABELS if name in columns), None)
+    rest = [name for name in columns if name not in (text, label)]
+    known = rest[0] if len(rest) == 1 else None
+    pairs = {"text": (text, known or "YOUR_TEXT"), "label": (label, known or "YOUR_LABELS")}
+    return ", ".join(f"{guess}: {ours}" for ours, (there, guess) in pairs.items() if not there)
+
+
 def unknown_columns(columns: list[str], kind: str, where: str) -> InputError:
     """Build the error for columns that fit no format: what there is, the nearest name, the fix."""
     wanted = [*CORE[kind], *(CONVERSATIONS if kind != "preference" else ()), *PROMPTS]
@@ -377,9 +387,9 @@ def unknown_columns(columns: list[str], kind: str, where: str) -> InputError:
         wanted = [*CORE[kind], *((*SINGLES, *LABELS, "sentence1", "sentence2") if kind == "sequence" else ())]
     close = {ours: theirs for theirs in columns if theirs not in wanted and (ours := nearest(theirs, wanted))}
     names = ", ".join(f"{theirs}: {ours}" for ours, theirs in close.items() if ours not in columns)
-    if kind == "sequence" and not set(columns) & {*SINGLES, *LABELS, "sentence1"}:
-        names = "YOUR_TEXT: text, YOUR_LABELS: label"
-    fix = f"rename in a data/*.yaml: columns: {{{names or 'theirs: ours'}}}"
+    if kind == "sequence":
+        names = missing_labelled(columns)
+    fix = f"declare them in a yaml of yours: sources: [{{path: …, columns: {{{names or 'theirs: ours'}}}}}]"
     return InputError(
         f"the columns ({', '.join(columns)}) are of no format that is known",
         where=where,

@@ -21,8 +21,8 @@ PAIRS = (
     ("sentence1", "sentence2"), ("question1", "question2"), ("premise", "hypothesis"), ("question", "sentence"),
     ("text", "text_pair"), ("text_a", "text_b"),
 )  # fmt: skip
-SINGLES = ("sentence", "text", "review", "content")
-LABELS = ("label", "labels", "score")
+SINGLES = ("sentence", "text", "review", "comment", "tweet", "content")
+LABELS = ("label", "labels", "sentiment", "category", "class", "target", "score")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
 
 

@@ -174,7 +174,7 @@ def label_findings(train: list[Any], test: list[Any], labels: Labels) -> list[tu
 
 def against_guessing(loss: float, classes: int) -> tuple[str, str, str]:
     """Return the finding that compares the first loss of a classifier with that of guessing among its classes."""
-    text = f"before training: loss {loss:.4f} (guessing: ln {classes} = {math.log(classes):.4f})"
+    text = f"before training: loss of the first batch {loss:.4f} (guessing: ln {classes} = {math.log(classes):.4f})"
     if loss <= math.log(classes) + 0.5:
         return "fact", text, ""
     return "warning", f"{text}, which is worse than guessing", "labels in the order of the model's own, or a new head"

@@ -132,10 +132,10 @@ class Ledger:
         return list(self.dropped)
 
     def table(self) -> "Table":
-        """Return a table of at most 100 columns; causes are listed under the sources."""
+        """Return a table of at most 100 columns; `caption` lists the causes."""
         from rich.table import Table
 
-        table = Table(title="What happened to the rows", caption=self.caption(), caption_justify="left")
+        table = Table(title="What happened to the rows")
         table.add_column("source", max_width=32, overflow="fold")
         heads = ("read", "repeated", "train", "test", "unused", "dropped", "cut", "trained")
         shown = [h for h in heads if h in ("read", "train") or any(self.cells(a)[h] for a in self.accounts.values())]

@@ -90,6 +90,7 @@ def report(findings: list[Finding], rows: Tokenized, console: Console) -> None:
     for line in draw_masks(rows, plain=not console.is_terminal):
         console.print(line)
     console.print(rows.ledger.table())
+    console.print(Text(rows.ledger.caption(), style="dim"))
 
 
 def refuse(findings: list[Finding]) -> None:

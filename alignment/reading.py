@@ -77,11 +77,15 @@ def rename(row: dict, part: Part) -> dict:
     missing = [theirs for theirs in part.columns if theirs not in row]
     if missing:
         near = nearest(missing[0], list(row))
+        fix = f"did you mean {near}?" if near else f"name one of them: columns: {{THEIRS: {part.columns[missing[0]]}}}"
+        if all(ours in row for ours in part.columns.values()):
+            right = ", ".join(f"{ours}: {theirs}" for theirs, ours in part.columns.items())
+            fix = f"the pairs are theirs: ours, so the other way round: columns: {{{right}}}"
         raise InputError(
             f"there is no column {missing[0]!r}",
             where=part.where,
             why=f"the columns are {', '.join(row)}",
-            fix=f"did you mean {near}?" if near else "",
+            fix=fix,
         )
     kept = {k: v for k, v in row.items() if k not in part.columns and k not in part.columns.values()}
     return kept | {ours: row[theirs] for theirs, ours in part.columns.items()}
@@ -199,7 +203,7 @@ def apply(to_row: ToRow, row: dict, kind: str, table: Rows) -> dict:
         raise unknown_columns(columns, kind, f"{where}, asked for {error} by {to_row.__name__}") from error
     fits = isinstance(out, dict) and any(c in out for c in CORE[kind])
     if not fits or not (table.recognised or any(out.keys() >= needed for needed in NEEDED[kind])):
-        raise unknown_columns(columns, kind, f"{where}, after {to_row.__name__}")
+        raise unknown_columns(columns, kind, f"{where}, after {to_row.__name__} of the recipe")
     return out
 
 

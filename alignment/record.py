@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignment.critic import policy_of
-from alignment.heads import NEW_HEADS
+from alignment.heads import ENDINGS, NEW_HEADS
 from alignment.launch import command
 from alignment.report import write_text
 from alignment.tokenization import Tokenized
@@ -185,8 +185,10 @@ def model_card(record: dict[str, Any], args: Any) -> str:
     lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---"]
     lines += [f"# {Path(args.train.output_dir).name}", ""]
     part = "all weights" if args.peft.peft == "none" else args.peft.peft
-    lines += [f"`{model}` trained with {args.recipe.upper()} ({part}), {record['steps']} steps.", ""]
-    names = [name for name in HEADLINE[record["identity"]["form"]] if name in metrics["after"]]
+    form = record["identity"]["form"]
+    how = f"a {form} head" if form in ENDINGS else args.recipe.upper()
+    lines += [f"`{model}` trained with {how} ({part}), {record['steps']} steps.", ""]
+    names = [name for name in HEADLINE[form] if name in metrics["after"]]
     if names:
         lines += ["| held-out rows | before | after |", "|---|---|---|"]
         for name in names:

@@ -171,7 +171,7 @@ def read_result(path: str | Path) -> Result:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"there is no result file {path}", fix="eval/generate.py … --output " + str(path)) from error
+        raise InputError(f"there is no result file {path}", fix="the --output of a script in eval/") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not a result file: {error}") from error
     if not isinstance(content, dict) or "schema" not in content:

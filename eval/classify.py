@@ -54,7 +54,9 @@ def find_head(args: Namespace) -> str:
         if head == "causal" or (record and record["identity"]["form"] not in TEXTS):
             other = "eval/generate.py or eval/mmlu.py" if head == "causal" else "eval/reward.py"
             raise InputError(
-                f"{args.models[name]} is no classifier", where=f"--model {name}", fix=f"recipes/classify.py; or {other}"
+                f"{args.models[name]} is no classifier",
+                where=f"--model {name}",
+                fix=f"train one from it with recipes/classify.py; or measure what it is with {other}",
             )
     if len(set(heads.values())) > 1:
         said = ", ".join(f"{name} a {head} head" for name, head in heads.items())
@@ -98,7 +100,7 @@ def check_labels(rows: list[dict], head: str, names: list[str], model: str) -> s
             f"no label of the rows is one of {model}'s",
             where=f"column {column}: {', '.join(list(unknown)[:6])}",
             why=f"it knows {', '.join(names[:6])}",
-            fix="rows with these labels, or their numbers",
+            fix=f"write them as the model does, or as its numbers, 0 to {len(names) - 1}",
         )
     listed = ", ".join(f"{name} ({n:,})" for name, n in unknown.items())
     return f"labels that {model} has no output for count as wrong: {listed}" if unknown else ""
@@ -239,6 +241,12 @@ def summarise(rows: list[dict], head: str, number: bool) -> dict[str, dict]:
     return found
 
 
+def better_than_guessing(result: Result) -> bool:
+    """Say whether the accuracy is above that of always giving the most frequent label; True of a regression."""
+    found = result.metrics
+    return "accuracy" not in found or found["accuracy"]["value"] > found["always the most frequent"]["value"]
+
+
 def main() -> None:
     """Measure every classifier on the same rows, write the results and print one table."""
     parser = make_parser(__doc__.split("\n")[0], data="data/tiny/sentences", output="outputs/eval/classify")
@@ -253,6 +261,8 @@ def main() -> None:
         results[name], note = evaluate(name, head, rows, args)
         asked = [{"id": row["id"], **{key: row[key] for key in TEXTS[head] if row.get(key)}} for row in rows]
         keep(name, results[name], args, asked)
+        if head == "sequence" and not better_than_guessing(results[name]):
+            notes.append(f"{name} is no better than always giving the most frequent label")
         cut = sum("cut_tokens" in row for row in results[name].rows)
         notes += [note] if note else []
         notes += [f"{name} read {cut:,} rows cut to its max_length"] if cut else []

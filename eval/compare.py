@@ -240,8 +240,8 @@ def joined_rows(results: dict[str, Result], pair: tuple[str, str], args: Namespa
     for name in pair:
         found = results[name].contamination
         if found and found["found"]:
-            verb = "stands" if found["found"] == 1 else "stand"
-            notes.append(f"{found['found']:,} of these {found['rows']:,} rows {verb} in the training rows of {name}")
+            verb = "overlaps" if found["found"] == 1 else "overlap"
+            notes.append(f"{found['found']:,} of these {found['rows']:,} rows {verb} with the training data of {name}")
     for note in notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     return join(first.rows, second.rows, names=pair, common=args.common)
@@ -288,9 +288,11 @@ def many_tasks(tasks: dict[str, dict[str, Result]], args: Namespace, console: Co
         if set(pair) <= tasks[task].keys()
     }
     if not joined:
+        same = len({result.task for results in tasks.values() for result in results.values()}) == 1
         raise InputError(
-            "no task has results of two models",
+            "these files have no row in common" if same else "no task has results of two models",
             where=", ".join(args.files),
+            why=f"they are of {', '.join(tasks)}" if same else "",
             fix="evaluate both models on the same rows",
         )
     found = {key: compare(rows, args, " and ".join(key)) for key, rows in joined.items()}

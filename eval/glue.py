@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignment.errors import InputError
-from alignment.evaluation import choose_rows, dtype_of, keep, load, make_parser, read_arguments
+from alignment.evaluation import choose_rows, dtype_of, keep, load, make_parser, read_arguments, show_contamination
 from alignment.glue import HUB_ID, TASKS, Task, find_file, find_task, macro_average, part, question, submission
 from alignment.launch import without
 from alignment.report import Result, package_versions, run_id, text_hash, write_text
@@ -348,8 +348,6 @@ def show(results: dict[str, Result], args: Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from alignment.contamination import sentence
-
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     names = list(dict.fromkeys(key for result in results.values() for key in result.metrics if key != "average"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -374,9 +372,7 @@ def show(results: dict[str, Result], args: Namespace) -> None:
     missing = [name for name in TASKS if name not in counted]
     if missing and counted & set(TASKS):
         console.print(f"missing of GLUE's nine: {', '.join(missing)}; the average is no GLUE score")
-    for name, result in results.items():
-        if result.contamination:
-            console.print(f"{name}: {sentence(result.contamination)}", style="dim", soft_wrap=True)
+    show_contamination(console, results)
     for name, file in args.files.items():
         folder = file.with_suffix("")
         more = f"; test predictions in {folder}" if folder.is_dir() else ""

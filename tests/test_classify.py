@@ -265,7 +265,10 @@ def test_what_is_said_of_the_labels(toy_bert, tmp_path):
     flags = ("--data", folder, "--output_dir", tmp_path / "out", "--model_name_or_path", toy_bert)
     launch("classify", *flags, *SHORT[:-2], *SMALL)
     said = results(tmp_path / "out")[1]
-    assert "labels of held-out rows that no training row has: 2 (4)" in said and "before training: loss" in said
+    assert (
+        "labels of held-out rows that no training row has: 2 (4)" in said
+        and "before training: loss of the first batch" in said
+    )
 
 
 def test_books_add_up_when_rows_are_cut_and_dropped(toy_bert, tmp_path):
@@ -324,7 +327,7 @@ def test_wrong_columns_and_one_class(toy_bert, tmp_path):
     file = write(tmp_path / "s.jsonl", [{"sentense": "a", "label": i % 2} for i in range(9)])
     with pytest.raises(InputError) as error:
         launch("classify", "--data", file, *flags)
-    assert "sentense: sentence" in str(error.value)
+    assert "sentense: text" in str(error.value)
     file = write(tmp_path / "t.jsonl", [row | {"label": 1} for row in sentences()])
     with pytest.raises(InputError, match="all training rows have the label 1"):
         launch("classify", "--data", file, *flags, "--test_size", 4)
@@ -420,7 +423,12 @@ def test_dry_run_looks_and_writes_nothing(toy_bert, tmp_path, capsys):
     flags = ("--data", file, "--model_name_or_path", toy_bert, "--output_dir", tmp_path / "out", "--dry_run")
     launch("classify", *flags, "--label_names", "bad", "good")
     shown = capsys.readouterr().out
-    assert "before training: loss" in shown and "labels: " in shown and " -> good" in shown and "Dry run" in shown
+    assert (
+        "before training: loss of the first batch" in shown
+        and "labels: " in shown
+        and " -> good" in shown
+        and "Dry run" in shown
+    )
     assert sorted(file.name for file in tmp_path.iterdir()) == ["s.jsonl"]
 
 

@@ -273,7 +273,7 @@ def test_pairs_with_the_first_only(files, monkeypatch, capsys):
         ({}, ["--column", "text"], "no number 'text'"),
         ({}, ["--by", "kind"], "no column 'kind'"),
         ({"rows": rows(["r0", "x"])}, [], "do not hold the same rows"),
-        ({"rows": rows("ab"), "data": "e"}, [], "no task has results of two models"),
+        ({"rows": rows("ab"), "data": "e"}, [], "these files have no row in common"),
         ({}, ["--target", "generate"], "several tasks"),
     ],
 )
@@ -349,4 +349,4 @@ def test_models_keep_their_name_when_files_are_called_by_task(tmp_path, monkeypa
 def test_rows_that_a_model_was_trained_on_are_said(files, monkeypatch, capsys):
     found = {"rows": 9, "found": 3}
     paths = files(a=result([0.0] * 9), b=result([1.0] * 9, contamination=found))
-    assert "3 of these 9 rows stand in the training rows of b" in compare(monkeypatch, capsys, *paths)
+    assert "3 of these 9 rows overlap with the training data of b" in compare(monkeypatch, capsys, *paths)

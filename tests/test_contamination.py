@@ -90,7 +90,7 @@ def test_a_checkpoint_is_checked_against_all_it_was_trained_on(tmp_path):
     found = check(tmp_path / "dpo", {"a": LONG, "b": SHORT, "c": "nobody knows"})
     assert (found["rows"], found["found"], found["ids"]) == (3, 2, ["a", "b"])
     assert list(found["read"].values()) == [1, 1] and str(tmp_path / "gone.jsonl") in found["skipped"]
-    assert "2 of the 3 rows stand in its 2 training rows; not read: " in sentence(found)
+    assert "2 of the 3 rows overlap with the 2 rows of its training data; not read: " in sentence(found)
     assert check(tmp_path / "sft", {"b": SHORT})["found"] == 0
     assert check(tmp_path / "nothing", {"b": SHORT}) is None
     assert MOST_ROWS > 10_000

@@ -150,7 +150,7 @@ def test_the_table_fits_a_hundred_columns_and_cuts_no_number():
     ledger.padding("train", computed=11, real=10)
     ledger.check()
     out = io.StringIO()
-    Console(width=100, file=out).print(ledger.table())
+    Console(width=100, file=out).print(ledger.table(), ledger.caption(), sep="\n")
     text = out.getvalue()
     assert max(map(len, text.split("\n"))) <= 100 and "…" not in text
     for number in ("9,999,999", "8,765,432", "7,654,321", "1,000,000", "1,234 rows dropped", "1.10 x", "70%"):
