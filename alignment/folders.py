@@ -21,7 +21,7 @@ def is_adapter(path: str | Path) -> bool:
 def fetch(path: str | Path, revision: str = "main") -> str:
     """Return the folder an adapter of the hub is downloaded to; every other path as it is."""
     name = str(path)
-    if name.count("/") > 1 or Path(name).expanduser().exists():
+    if _is_path(name) or Path(name).exists():
         return name
     try:
         huggingface_hub.hf_hub_download(name, ADAPTER_CONFIG, revision=revision)
@@ -71,11 +71,15 @@ def _check_shards(folder: Path) -> None:
             )
 
 
+def _is_path(name: str) -> bool:
+    """Say whether a name can only be meant as a path: no hub id looks like it, or the folder above it is here."""
+    return name.count("/") > 1 or name.startswith((".", "/", "~")) or ("/" in name and Path(name).parent.is_dir())
+
+
 def _check_hub_id(name: str, revision: str) -> None:
     """Raise InputError when the name is a local path that is not there, or a hub id out of reach."""
     folder = Path(name).expanduser()
-    is_path = name.count("/") > 1 or name.startswith((".", "/", "~")) or (folder.parent.is_dir() and "/" in name)
-    if is_path:
+    if _is_path(name):
         raise InputError(f"no model folder at {name}", where="--model_name_or_path", fix=_other_folder(folder))
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         return
