@@ -1,5 +1,6 @@
 """Folders that hold a model or an adapter: say what is wrong with one before anything is loaded from it."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -21,8 +22,11 @@ def is_adapter(path: str | Path) -> bool:
 def fetch(path: str | Path, revision: str = "main") -> str:
     """Return the folder an adapter of the hub is downloaded to; every other path as it is."""
     name = str(path)
-    if _is_path(name) or Path(name).exists():
-        return name
+    return name if _is_path(name) or Path(name).exists() else _fetch_id(name, revision)
+
+
+@functools.cache  # a checkpoint is asked for by its head, its weights and its tokenizer: one request does
+def _fetch_id(name: str, revision: str) -> str:
     try:
         huggingface_hub.hf_hub_download(name, ADAPTER_CONFIG, revision=revision)
     except (HfHubHTTPError, HFValidationError, OSError):  # no adapter; `check_model` says it when there is no model
