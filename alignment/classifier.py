@@ -1,4 +1,4 @@
-"""Train and ask classifiers: settings, trainer and metrics of `recipes/classify.py`, predictions for `eval/glue.py`."""
+"""Train and ask classifiers: settings, trainer and metrics of `recipes/classify.py`, predictions for `eval/`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -195,8 +195,8 @@ def check(checkpoint: str | Path, texts: Mapping[str, str]) -> dict[str, Any] | 
     merged = Found(rows=len(texts), skipped=dict.fromkeys(unknown, ""))
     for spec, task in specs:
         try:
-            found = plan(find_task(task), spec) if task else resolve(spec, "train")
-            parts = [part for part in found.parts if part.role == "train"]
+            sources = plan(find_task(task), spec) if task else resolve(spec, "train")
+            parts = [part for part in sources.parts if part.role == "train"]
             found = search(index, parts, MOST_ROWS)
         except InputError as error:
             merged.skipped[spec] = error.what

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.errors import InputError
-from alignment.report import text_hash
+from alignment.report import text_hash, unique_ids
 from alignment.rewards import verifier
 
 TESTS = ("test", "tests", "test_list")
@@ -53,7 +53,6 @@ def read_questions(spec: str, check: str, unanswered: bool = False) -> list[dict
 
     data = load_rows(spec, "prompt")
     rows: list[dict[str, Any]] = []
-    seen: dict[str, int] = {}
     for raw in data:
         where = f"{raw['source']}, row {raw['row']}"
         row = {k: raw.get(k) for k in ("prompt", "task", "source", "row")}
@@ -61,12 +60,9 @@ def read_questions(spec: str, check: str, unanswered: bool = False) -> list[dict
             raw = {**raw, "answer": ""}
         row |= reference(raw, check, where, spec)
         verifier(row["verifier"], where=f"{where}, column verifier")
-        row["id"] = text_hash(row["prompt"], row["answer"], row["verifier"])
-        seen[row["id"]] = seen.get(row["id"], 0) + 1
-        if seen[row["id"]] > 1:  # the same row once more
-            row["id"] += f"#{seen[row['id']]}"
         rows.append(row)
-    return rows
+    ids = unique_ids(text_hash(row["prompt"], row["answer"], row["verifier"]) for row in rows)
+    return [row | {"id": name} for row, name in zip(rows, ids, strict=True)]
 
 
 def reference(raw: dict[str, Any], check: str, where: str, spec: str) -> dict[str, Any]:

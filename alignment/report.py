@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,16 @@ def text_hash(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def unique_ids(names: Iterable[str]) -> list[str]:
+    """Return the names in their order, "#2" added to the second of two that are equal, "#3" to the third."""
+    seen: dict[str, int] = {}
+    ids = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        ids.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return ids
+
+
 def package_versions(*names: str) -> dict[str, str]:
     """Return name -> installed version of the packages."""
     from importlib.metadata import version
@@ -112,6 +122,12 @@ def run_id(model: str | Path) -> str | None:
     """Return the id of the run that made a checkpoint folder: a hash of its run.json, None without one."""
     file = Path(model) / "run.json"
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+
+
+def read_run(model: str | Path) -> dict[str, Any]:
+    """Return what a recipe wrote about the run that made a checkpoint folder; nothing where no recipe made it."""
+    file = Path(model) / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def check_free(path: str | Path, *, overwrite: bool = False) -> Path:

@@ -8,10 +8,9 @@ Takes what recipes/classify.py leaves and classifiers of the hub; the head is re
 files and average are eval/glue.py's. eval/README.md says what the numbers mean.
 """
 
-import json
 from argparse import Namespace
 from collections import Counter
-from pathlib import Path
+from functools import partial
 
 from alignment.errors import InputError
 from alignment.evaluation import (
@@ -24,7 +23,7 @@ from alignment.evaluation import (
     read_arguments,
     show_all,
 )
-from alignment.report import Result, mean_metric, text_hash
+from alignment.report import Result, mean_metric, read_run, text_hash, unique_ids
 
 TASK, VERSION = "classify", 1  # raise the version when the same predictions would get another score
 MOST_CLASSES = 12  # with more of them there is no line for each
@@ -35,13 +34,9 @@ def read_rows(args: Namespace, head: str) -> list[dict]:
     """Return the rows with their ids: text and label; tokens and tags; or question, context and answers."""
     from alignment.data import load_rows
 
-    rows, seen = [], {}
-    for raw in load_rows(args.data, head):
-        row = {key: value for key, value in dict(raw).items() if key != "id"}
-        name = text_hash(row)
-        seen[name] = seen.get(name, 0) + 1
-        rows.append({"id": name + (f"#{seen[name]}" if seen[name] > 1 else ""), **row})
-    return choose_rows(rows, args.limit)
+    rows = [{key: value for key, value in dict(raw).items() if key != "id"} for raw in load_rows(args.data, head)]
+    ids = unique_ids(map(text_hash, rows))
+    return choose_rows([{"id": name, **row} for name, row in zip(ids, rows, strict=True)], args.limit)
 
 
 def find_head(args: Namespace) -> str:
@@ -50,7 +45,7 @@ def find_head(args: Namespace) -> str:
 
     heads = {name: head_of(path) for name, path in args.models.items()}
     for name, head in heads.items():
-        record = recorded(args.models[name])
+        record = read_run(args.models[name])
         if head == "causal" or (record and record["identity"]["form"] not in TEXTS):
             other = "eval/generate.py or eval/mmlu.py" if head == "causal" else "eval/reward.py"
             raise InputError(
@@ -64,12 +59,6 @@ def find_head(args: Namespace) -> str:
     return next(iter(heads.values()))
 
 
-def recorded(path: str) -> dict:
-    """Return what the recipe wrote about a checkpoint; nothing where no recipe made it."""
-    file = Path(path) / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
 def reading_of(path: str, args: Namespace):
     """Return how long a row may be and how answers are chosen: as in training, unless --max_length says otherwise."""
     from dataclasses import fields
@@ -78,7 +67,7 @@ def reading_of(path: str, args: Namespace):
     from alignment.spans import Reading
 
     found = {field.name: field.default for field in fields(ClassifyConfig)}
-    found |= {name: entry["value"] for name, entry in recorded(path).get("arguments", {}).items() if name in found}
+    found |= {name: entry["value"] for name, entry in read_run(path).get("arguments", {}).items() if name in found}
     names = ("max_length", "doc_stride", "max_answer_length", "n_best_size", "null_score_diff_threshold")
     values = [found[name] for name in names]
     return Reading(args.max_length or values[0], *values[1:])
@@ -108,6 +97,7 @@ def check_labels(rows: list[dict], head: str, names: list[str], model: str) -> s
 
 def evaluate(name: str, head: str, rows: list[dict], args: Namespace) -> tuple[Result, str]:
     """Load one classifier, let it label every row, and return its result and what has to be said about its labels."""
+    from alignment.classifier import scores_of
     from alignment.classifying import Encoder, reads_types
     from alignment.labels import Labels
 
@@ -133,22 +123,17 @@ def evaluate(name: str, head: str, rows: list[dict], args: Namespace) -> tuple[R
         scores = []
         for at in range(0, len(scored), args.batch_size):
             scores += scores_of(model, tokenizer, scored[at : at + args.batch_size])
-        if head == "sequence":
-            pairs = zip(some, scored, scores, strict=True)
-            made = [label_text(row, enc, s, names, number) for row, enc, s in pairs]
-        elif head == "token":
-            made = [tag_words(row, enc, s, names) for row, enc, s in zip(some, scored, scores, strict=True)]
-        else:
+        if head == "span":
             made = [answer(row, scored, scores, reading) for row in some]
+        else:
+            book = partial(label_text, number=number) if head == "sequence" else tag_words
+            made = [book(*three, names) for three in zip(some, scored, scores, strict=True)]
         return made, sum(len(row["input_ids"]) for row in scored)
-
-    from alignment.classifier import scores_of
 
     settings = {"max_length": reading.max_length, "labels": names}
     result = new_result(name, args, (TASK, VERSION), head, settings)
-    measure_rows(
-        result, sorted(rows, key=lambda row: -sum(len(row.get(k) or "") for k in TEXTS[head])), measure, args, name
-    )
+    longest_first = sorted(rows, key=lambda row: -sum(len(row.get(key) or "") for key in TEXTS[head]))
+    measure_rows(result, longest_first, measure, args, name)
     done = {row["id"]: row for row in result.rows}
     result.rows = [done[row["id"]] for row in rows]
     result.metrics = summarise(result.rows, head, number)

@@ -10,7 +10,6 @@ Each training is a launch of recipes/classify.py, whose folder stays in --runs; 
 here. Dev rows go into the result file, one a task and seed; test rows into files of the official form.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -24,7 +23,7 @@ from alignment.errors import InputError
 from alignment.evaluation import choose_rows, dtype_of, keep, load, make_parser, read_arguments, show_contamination
 from alignment.glue import HUB_ID, TASKS, Task, find_file, find_task, macro_average, part, question, submission
 from alignment.launch import without
-from alignment.report import Result, package_versions, run_id, text_hash, write_text
+from alignment.report import Result, package_versions, read_run, run_id, text_hash, unique_ids, write_text
 
 NAME, VERSION = "glue", 1  # raise the version when the same predictions would get another score
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,17 +79,14 @@ def read_splits(task: Task, source: str, limit: int | None) -> dict[str, list[di
 
 def named(rows: list[dict], split: str, task: Task) -> list[dict]:
     """Give each row an id of its own that survives another order of the file."""
-    seen: dict[str, int] = {}
-    for row in rows:
-        key = f"{task.name}/{split}/" + text_hash(row["text"], row.get("text_pair"), row["label"])
-        seen[key] = seen.get(key, 0) + 1
-        row["id"], row["split"] = key + (f"#{seen[key]}" if seen[key] > 1 else ""), split
-    return rows
+    keys = (text_hash(row["text"], row.get("text_pair"), row["label"]) for row in rows)
+    ids = unique_ids(f"{task.name}/{split}/{key}" for key in keys)
+    return [row | {"id": name, "split": split} for row, name in zip(rows, ids, strict=True)]
 
 
 def jobs_of(name: str, path: str, args: Namespace) -> list[Job]:
     """Return what is to be done for one model: checkpoints that are there already, or tasks times seeds."""
-    if any((Path(one) / "run.json").is_file() and trained_on(Path(one)) for one in path.split(",")):
+    if any(trained_on(read_run(one)) for one in path.split(",")):
         return [job_of_checkpoint(Path(one), args) for one in path.split(",")]
     jobs = []
     for word in args.tasks:
@@ -106,10 +102,9 @@ def jobs_of(name: str, path: str, args: Namespace) -> list[Job]:
     return jobs
 
 
-def trained_on(folder: Path) -> str:
-    """Return the task a checkpoint of recipes/classify.py was trained on, or an empty string when it is none."""
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    if record["identity"]["form"] != "sequence":
+def trained_on(record: dict) -> str:
+    """Return the task of a run of recipes/classify.py, or an empty string when the record is of no such run."""
+    if not record or record["identity"]["form"] != "sequence":
         return ""
     task, data = (record["arguments"][key]["value"] for key in ("task", "data"))
     return task or next((word for word, place in EMBEDDED.items() if place in data), "")
@@ -117,7 +112,8 @@ def trained_on(folder: Path) -> str:
 
 def job_of_checkpoint(folder: Path, args: Namespace) -> Job:
     """Return the job of a checkpoint that is trained already."""
-    word = trained_on(folder) if (folder / "run.json").is_file() else ""
+    record = read_run(folder)
+    word = trained_on(record)
     if not word:
         raise InputError(
             f"{folder} is no checkpoint of recipes/classify.py on a task",
@@ -126,9 +122,8 @@ def job_of_checkpoint(folder: Path, args: Namespace) -> Job:
             fix="give all checkpoints of one model as name=folder,folder, or a model to train",
         )
     task = ASKED[word] if word in EMBEDDED else find_task(word)
-    seed = json.loads((folder / "run.json").read_text(encoding="utf-8"))["seed"]
     source = EMBEDDED.get(word, args.data)
-    return Job(task, seed, folder, source, read_splits(task, source, args.limit))
+    return Job(task, record["seed"], folder, source, read_splits(task, source, args.limit))
 
 
 def command_of(job: Job, path: str, args: Namespace) -> list[str]:
@@ -144,8 +139,8 @@ def train(job: Job, path: str, args: Namespace) -> None:
     Raises:
         InputError: the recipe failed; its last words are in the message, all of them in a file beside its folder.
     """
-    flags, file = command_of(job, path, args), job.folder / "run.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"status": "", "command": ""}
+    flags = command_of(job, path, args)
+    before = read_run(job.folder) or {"status": "", "command": ""}
     words = without(shlex.split(before["command"]), ("--overwrite_output_dir",))
     if args.resume and before["status"] == "finished" and words[-len(flags) :] == flags:
         return
@@ -187,8 +182,7 @@ def read_checkpoint(job: Job, args: Namespace) -> dict[str, list[float]]:
     from alignment.spans import Reading
 
     model, tokenizer = load(str(job.folder), args, head="sequence")
-    record = json.loads((job.folder / "run.json").read_text(encoding="utf-8"))["arguments"]
-    reading = Reading(record["max_length"]["value"])
+    reading = Reading(read_run(job.folder)["arguments"]["max_length"]["value"])
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     order = [names.index(name) for name in job.task.labels]  # numbers of the task's classes among the outputs
     found = {}

@@ -17,7 +17,16 @@ from typing import Any
 
 from alignment.errors import InputError, nearest
 from alignment.evaluation import dtype_of, keep, load, make_parser, read_arguments, show_all
-from alignment.report import Result, check_free, mean_metric, package_versions, read_result, run_id, text_hash
+from alignment.report import (
+    Result,
+    check_free,
+    mean_metric,
+    package_versions,
+    read_result,
+    run_id,
+    text_hash,
+    unique_ids,
+)
 
 WORDING = (
     "description", "doc_to_text", "doc_to_target", "doc_to_choice", "target_delimiter", "fewshot_delimiter",
@@ -143,12 +152,8 @@ def rows_of(leaf: str, task: Any, samples: list[dict], several: bool) -> list[di
         row["answer"] = str(sample["target"])[:160]
         if several:
             row["task"] = leaf
-    seen: dict[str, int] = {}
-    for row in rows.values():
-        seen[row["id"]] = seen.get(row["id"], 0) + 1
-        if seen[row["id"]] > 1:  # the same document once more
-            row["id"] += f"#{seen[row['id']]}"
-    return [{"id": row.pop("id"), "score": row.pop("score"), **row} for row in rows.values()]
+    ids = unique_ids(row.pop("id") for row in rows.values())
+    return [{"id": name, "score": row.pop("score"), **row} for name, row in zip(ids, rows.values(), strict=True)]
 
 
 def single(value: Any) -> tuple[float | None, bool]:

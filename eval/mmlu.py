@@ -17,7 +17,16 @@ from dataclasses import replace
 from alignment.errors import InputError
 from alignment.evaluation import choose_rows, dtype_of, keep, load, make_parser, read_arguments, show_all
 from alignment.multiple_choice import GROUP_OF, LETTERS, Question, read_questions
-from alignment.report import Result, check_free, mean_metric, package_versions, pooled_metric, run_id, text_hash
+from alignment.report import (
+    Result,
+    check_free,
+    mean_metric,
+    package_versions,
+    pooled_metric,
+    run_id,
+    text_hash,
+    unique_ids,
+)
 from alignment.wording import WORDINGS, Wording, read_wordings, wording_hash
 
 TASK, VERSION = "mmlu", 2  # lm-eval's: the prompt or the aggregation of another version is another score
@@ -33,12 +42,7 @@ def read(args: Namespace) -> tuple[list[Question], dict[str, list[Question]]]:
 
 def ids_of(questions: Sequence[Question]) -> list[str]:
     """Return the id of each question; "#2" is added to the second of two that are equal."""
-    seen: dict[str, int] = {}
-    names = []
-    for question in questions:
-        seen[question.id] = seen.get(question.id, 0) + 1
-        names.append(question.id if seen[question.id] == 1 else f"{question.id}#{seen[question.id]}")
-    return names
+    return unique_ids(question.id for question in questions)
 
 
 def evaluate(name: str, wording: Wording, args: Namespace) -> Result:

@@ -24,7 +24,7 @@ from alignment.evaluation import (
     read_arguments,
     show_all,
 )
-from alignment.report import Result, ratio_metric, text_hash
+from alignment.report import Result, ratio_metric, text_hash, unique_ids
 
 TASK, VERSION = "perplexity", 1
 LONGEST = 2048  # tokens read together, unless --max_length says otherwise
@@ -48,13 +48,10 @@ def read_texts(args: Namespace) -> list[dict]:
                 fix='a column "text", or a .txt file',
             )
         texts = list(data["text"])
-    rows, seen = [], {}
-    for text in texts:
-        if not text.strip():
-            raise InputError("a text is empty", where=args.data, why="it has no bytes to pay for")
-        name = text_hash(text)
-        seen[name] = seen.get(name, 0) + 1
-        name += f"#{seen[name]}" if seen[name] > 1 else ""
+    if not all(text.strip() for text in texts):
+        raise InputError("a text is empty", where=args.data, why="it has no bytes to pay for")
+    rows = []
+    for name, text in zip(unique_ids(map(text_hash, texts)), texts, strict=True):
         rows.append({"id": name, "text": text, "words": len(re.split(r"\s+", text)), "bytes": len(text.encode())})
     return choose_rows(rows, args.limit)
 

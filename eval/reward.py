@@ -27,7 +27,7 @@ from alignment.evaluation import (
     read_arguments,
     show_all,
 )
-from alignment.report import Result, mean_metric, text_hash
+from alignment.report import Result, mean_metric, text_hash, unique_ids
 from alignment.rewards import last_text
 
 TASK, VERSION = "reward", 1
@@ -38,13 +38,10 @@ def read_pairs(args: Namespace) -> list[dict]:
     """Return the pairs as {id, prompt, chosen, rejected}."""
     from alignment.data import load_rows
 
-    rows, seen = [], {}
-    for raw in load_rows(args.data, "preference"):
-        row = {key: raw.get(key) for key in ("prompt", "chosen", "rejected")}
-        name = text_hash(row)
-        seen[name] = seen.get(name, 0) + 1
-        rows.append({"id": name + (f"#{seen[name]}" if seen[name] > 1 else ""), **row})
-    return choose_rows(rows, args.limit)
+    columns = ("prompt", "chosen", "rejected")
+    rows = [{key: raw.get(key) for key in columns} for raw in load_rows(args.data, "preference")]
+    ids = unique_ids(map(text_hash, rows))
+    return choose_rows([{"id": name, **row} for name, row in zip(ids, rows, strict=True)], args.limit)
 
 
 def evaluate(name: str, rows: list[dict], args: Namespace) -> Result:
